@@ -1,0 +1,171 @@
+"""The class that vLLM loads: checks what it is asked to serve, then passes each hook to its side.
+
+The hot path reads in `scheduler.py` and `worker.py`; this file is only the way there.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from kvstrata.connector.vllm.compat import instance_id
+from kvstrata.connector.vllm.identity import Identity
+from kvstrata.connector.vllm.layout import chunk_layout, single_group
+from kvstrata.connector.vllm.metadata import StepWork, WorkDone
+from kvstrata.connector.vllm.scheduler import SchedulerSide
+from kvstrata.connector.vllm.settings import load_config, refuse_unsupported
+from kvstrata.connector.vllm.stats import PromMetrics, Stats
+from kvstrata.connector.vllm.worker import WorkerSide
+from kvstrata.controller.client import NodeClient
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+log = logging.getLogger("kvstrata.vllm")
+
+
+class KVStrataConnector(KVConnectorBase_V1):
+    """One object in the engine core (SCHEDULER) and one in each worker (WORKER)."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = load_config(vllm_config)
+        refuse_unsupported(vllm_config)
+        layout = chunk_layout(kv_cache_config, config.chunk.tokens)
+        block_tokens = single_group(kv_cache_config).kv_cache_spec.block_size
+        client = instance_id(vllm_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            node = NodeClient(config, client, layout.slot_bytes, workers=1, notify=log.warning)
+            identity = Identity(vllm_config, layout, config)
+            self._scheduler = SchedulerSide(
+                node, identity, layout.chunk_tokens, block_tokens, 1, config.client
+            )
+        else:
+            self._worker = WorkerSide(client, 0, layout, block_tokens, config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache owes nobody a delivery: a save that is dropped is a miss later."""
+        return False
+
+    # --- scheduler side ----------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        self._sched.new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._sched.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        self._sched.after_alloc(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._sched.build_work(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if isinstance(done := connector_output.kv_connector_worker_meta, WorkDone):
+            self._sched.work_done(done)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._sched.finished(request, block_ids)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.busy()
+
+    def reset_cache(self) -> bool | None:
+        self._sched.reset()
+        return True
+
+    # --- worker side -------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._work.register(kv_caches, self._vllm_config.compilation_config.static_forward_context)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        self._work.before_step(_step(kv_connector_metadata))
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        self._work.start_loads(_step(self._get_connector_metadata()))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are whole requests, outside the batch: no layer ever waits."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Saves are whole chunks, after the step that completed them."""
+
+    def wait_for_save(self) -> None:
+        """A step never waits for its saves: blocks are watched until they are copied."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._work.finished_loads(_step(self._get_connector_metadata())) or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._work.take_bad_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._work.take_done()
+
+    # --- both --------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        side = self._scheduler or self._worker
+        return side.stats.take() if side else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats | None:
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromMetrics:
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.close()
+
+    @property
+    def _sched(self) -> SchedulerSide:
+        assert self._scheduler is not None, "a scheduler hook was called on a worker"
+        return self._scheduler
+
+    @property
+    def _work(self) -> WorkerSide:
+        assert self._worker is not None, "a worker hook was called on the scheduler"
+        return self._worker
+
+
+def _step(metadata: KVConnectorMetadata) -> StepWork:
+    assert isinstance(metadata, StepWork)
+    return metadata

@@ -1,0 +1,182 @@
+"""vLLM's KV cache in the words of the canonical layout.
+
+Rule of this file: nothing about an engine's layout is guessed. The spec says what is stored; where
+each element lies is found by letting the engine's own code write known values into a scratch block.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, UniformTypeKVCacheSpecs
+
+from kvstrata.connector.vllm.compat import cache_layout_extras
+from kvstrata.core.errors import UnsupportedModel
+from kvstrata.core.layout import ChunkLayout, LayerSpec, Part, PartKind, chunk_tokens_for
+from kvstrata.cuda_ext.native import EngineCache, PlaneView
+
+_PROBE_BITS = 3  # values 0..7 are exact in every cache dtype, fp8 included
+
+
+def chunk_layout(config: KVCacheConfig, chunk_tokens: int, tp_size: int = 1) -> ChunkLayout:
+    """The canonical layout of a model, the same on the scheduler side and on every worker.
+
+    Raises:
+        UnsupportedModel: says what this version cannot store.
+    """
+    group = single_group(config)
+    specs = group.kv_cache_spec
+    layers = []
+    for name in sorted(group.layer_names, key=_model_order):
+        spec = specs.kv_cache_specs[name] if isinstance(specs, UniformTypeKVCacheSpecs) else specs
+        layers.append(_layer(name, spec, tp_size))
+    return ChunkLayout(
+        chunk_tokens_for(chunk_tokens, specs.block_size), (Part(PartKind.FULL, tuple(layers)),)
+    )
+
+
+def single_group(config: KVCacheConfig) -> Any:
+    """The one KV cache group of a model.
+
+    Raises:
+        UnsupportedModel: it has none, or several.
+    """
+    groups = config.kv_cache_groups
+    if len(groups) != 1:
+        raise UnsupportedModel(
+            f"this model has {len(groups)} KV cache groups and this version stores exactly one: "
+            "start vLLM without kvstrata, or with --disable-hybrid-kv-cache-manager"
+        )
+    return groups[0]
+
+
+def _layer(name: str, spec: Any, tp_size: int) -> LayerSpec:
+    if type(spec) is not FullAttentionSpec:
+        raise UnsupportedModel(
+            f"layer {name} keeps its past as {type(spec).__name__}; "
+            "this version stores FullAttentionSpec only"
+        )
+    if odd := cache_layout_extras(spec):
+        raise UnsupportedModel(f"layer {name} packs its KV in a way that this version does not know: {odd}")
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return LayerSpec(name, spec.num_kv_heads * tp_size, (spec.head_size, spec.head_size_v), dtype)
+
+
+def _model_order(name: str) -> tuple[list[int], str]:
+    return [int(number) for number in re.findall(r"\d+", name)], name
+
+
+def engine_cache(
+    layout: ChunkLayout, caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any], block_tokens: int
+) -> EngineCache:
+    """Where a worker keeps every plane of `layout`.
+
+    Args:
+        layout: from `chunk_layout`.
+        caches: layer name -> KV tensor as `register_kv_caches` delivers it.
+        layers: layer name -> the engine's attention layer, whose code writes the cache.
+        block_tokens: tokens a block.
+
+    Raises:
+        UnsupportedModel: a tensor is not laid out as the engine's own code writes it.
+    """
+    planes: list[PlaneView] = []
+    owners: dict[int, str] = {}
+    known: dict[tuple[Any, ...], tuple[list[int], list[int]]] = {}
+    for spec in layout.parts[0].layers:
+        if spec.name not in caches:
+            raise UnsupportedModel(f"vLLM registered no KV cache for layer {spec.name}")
+        cache = caches[spec.name]
+        if cache.data_ptr() in owners:
+            raise UnsupportedModel(f"layers {owners[cache.data_ptr()]} and {spec.name} share one KV cache")
+        owners[cache.data_ptr()] = spec.name
+        _check_tensor(spec, cache, block_tokens)
+        signature = (tuple(cache.shape[1:]), cache.stride(), cache.dtype, spec.plane_dims)
+        if signature not in known:
+            known[signature] = _probe(spec, cache, layers[spec.name], block_tokens)
+        planes += _views(spec, cache, known[signature])
+    return EngineCache(block_tokens, int(next(iter(caches.values())).shape[0]), tuple(planes))
+
+
+def _check_tensor(spec: LayerSpec, cache: torch.Tensor, block_tokens: int) -> None:
+    if cache.device.type != "cpu":
+        raise UnsupportedModel(
+            f"layer {spec.name} keeps its KV on {cache.device}: this version copies from CPU engines only"
+        )
+    wanted = (spec.kv_heads, block_tokens, sum(spec.plane_dims))
+    if tuple(cache.shape[1:]) != wanted or not cache[0, 0].is_contiguous():
+        raise UnsupportedModel(
+            f"layer {spec.name}: KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}, "
+            f"expected [blocks, {', '.join(map(str, wanted))}] with whole (block, head) regions"
+        )
+    if cache.element_size() != spec.item_bytes:
+        raise UnsupportedModel(f"layer {spec.name}: KV cache of {cache.dtype}, expected {spec.dtype}")
+
+
+def _probe(
+    spec: LayerSpec, cache: torch.Tensor, layer: Any, block_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Element offsets of K and V inside a (block, head) region, by [token * dim + d].
+
+    Each element is given its own number, a few bits at a time, through the engine's own write;
+    what is then read from the region says where each element went.
+    """
+    key_dim, value_dim = spec.plane_dims
+    region = block_tokens * (key_dim + value_dim)
+    scratch = torch.zeros((1, *cache.shape[1:]), dtype=cache.dtype)
+    numbers = torch.arange(region, dtype=torch.int64)
+    slots = torch.arange(block_tokens, dtype=torch.int64)
+    found = torch.zeros((spec.kv_heads, region), dtype=torch.int64)
+    for shift in range(0, region.bit_length(), _PROBE_BITS):
+        digits = (numbers >> shift) & ((1 << _PROBE_BITS) - 1)
+        key = digits[: block_tokens * key_dim].view(block_tokens, 1, key_dim)
+        value = digits[block_tokens * key_dim :].view(block_tokens, 1, value_dim)
+        layer.impl.do_kv_cache_update(
+            layer,
+            key.expand(-1, spec.kv_heads, -1).to(_compute_dtype(cache)).contiguous(),
+            value.expand(-1, spec.kv_heads, -1).to(_compute_dtype(cache)).contiguous(),
+            scratch,
+            slots,
+        )
+        found |= scratch[0].reshape(spec.kv_heads, region).float().to(torch.int64) << shift
+    if not (found == found[0]).all() or not torch.equal(found[0].sort().values, numbers):
+        raise UnsupportedModel(
+            f"layer {spec.name}: the engine does not write each element of a block exactly once"
+        )
+    offsets = torch.empty(region, dtype=torch.int64)
+    offsets[found[0]] = numbers
+    return offsets[: block_tokens * key_dim].tolist(), offsets[block_tokens * key_dim :].tolist()
+
+
+def _compute_dtype(cache: torch.Tensor) -> torch.dtype:
+    if cache.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return cache.dtype
+    raise UnsupportedModel(f"a KV cache of {cache.dtype} on a CPU engine is not supported in this version")
+
+
+def _views(spec: LayerSpec, cache: torch.Tensor, offsets: tuple[list[int], list[int]]) -> list[PlaneView]:
+    item = cache.element_size()
+    views = []
+    for dim, table in zip(spec.plane_dims, offsets, strict=True):
+        token_step, dim_step = (
+            table[dim] - table[0] if len(table) > dim else 0,
+            table[1] - table[0] if dim > 1 else 0,
+        )
+        affine = all(
+            at == table[0] + (i // dim) * token_step + (i % dim) * dim_step for i, at in enumerate(table)
+        )
+        views.append(
+            PlaneView(
+                pointer=cache.data_ptr() + (table[0] * item if affine else 0),
+                stride_block=cache.stride(0) * item,
+                stride_head=cache.stride(1) * item,
+                stride_token=token_step * item,
+                stride_dim=dim_step * item,
+                table=None if affine else array("i", table).tobytes(),
+            )
+        )
+    return views

@@ -1,0 +1,468 @@
+"""The scheduler side: match, load, save. One request's way through it, from top to bottom.
+
+    new_request -> matched_tokens -> after_alloc -> (build_work each step) -> finished
+
+Nothing here waits for the network: calls are posted to the client's thread and answers are
+collected where the engine calls in. While the node store is absent, everything is a miss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvstrata.connector.books import Outbox, Save, SaveBook, Stage
+from kvstrata.connector.transfer import ChunkCopy, LoadJob
+from kvstrata.connector.vllm.compat import all_tokens, is_streaming_input, prompt_tokens, skips_prefix_cache
+from kvstrata.connector.vllm.identity import Identity
+from kvstrata.connector.vllm.metadata import StepWork, WorkDone
+from kvstrata.connector.vllm.stats import Stats
+from kvstrata.controller.client import Answer, Call, Lost, NodeClient
+from kvstrata.core.config import ClientConfig
+from kvstrata.core.errors import UnsupportedModel
+from kvstrata.core.events import Match, Matched, Refused, Update, Updated
+from kvstrata.core.keys import KeyChain
+from kvstrata.core.slots import Slot
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+log = logging.getLogger("kvstrata.vllm")
+
+
+@dataclass(slots=True)
+class Lookup:
+    """One question to the store. `slots` is None until it has answered."""
+
+    lease: int
+    epoch: bytes
+    posted: float
+    slots: tuple[Slot, ...] | None = None
+
+
+@dataclass(slots=True)
+class Tracked:
+    """What is known of one request while the engine has it."""
+
+    request: Request
+    chain: KeyChain
+    lookup: Lookup | None = None
+    may_load: bool = True  # False once a load has failed: recompute, never try in circles
+    preemptions: int = 0  # those after which the store was asked again
+    blocks: list[int] = field(default_factory=list)
+    next_save: int = 0  # chunks before this one are stored, being saved, or were loaded
+
+
+@dataclass(slots=True)
+class Loading:
+    """A load that the workers have. It outlives an aborted request."""
+
+    request_id: str
+    lease: int
+    epoch: bytes
+    first_chunk: int
+    ranks_ended: int = 0
+
+
+class SchedulerSide:
+    """Runs in the engine core. Every method is called by vLLM's scheduler, on its thread."""
+
+    def __init__(
+        self,
+        client: NodeClient,
+        identity: Identity,
+        chunk_tokens: int,
+        block_tokens: int,
+        ranks: int,
+        config: ClientConfig,
+    ) -> None:
+        self._client, self._identity, self._config = client, identity, config
+        self._chunk_tokens, self._block_tokens, self._ranks = chunk_tokens, block_tokens, ranks
+        self._tracked: dict[str, Tracked] = {}
+        self._loading: dict[int, Loading] = {}
+        self._lookups: dict[int, Tracked] = {}  # leases asked for or held, not yet given to a load
+        self._saves = SaveBook()
+        self._outbox = Outbox()
+        self._update: Update | None = None  # the one that is under way
+        self._epoch: bytes | None = None  # of the store that the books are about
+        self._numbers = itertools.count(1)
+        self._new_loads: list[tuple[str, LoadJob]] = []
+        self._wait_budget_s = config.lookup_wait
+        self.stats = Stats()
+
+    # --- 1. arrives: hash the prompt, ask the store ------------------------------------------
+
+    def new_request(self, request: Request) -> None:
+        """Start looking before the request is first considered for a step."""
+        tokens = prompt_tokens(request)
+        if tokens is None or is_streaming_input(request):
+            self.stats.count("bypassed_requests")
+            return
+        try:
+            chain = KeyChain(
+                self._identity.namespace(request),
+                self._chunk_tokens,
+                self._identity.extras(request, self._chunk_tokens),
+            )
+            chain.extend(tokens)
+        except (UnsupportedModel, OverflowError, OSError) as error:
+            log.warning("request %s is not cached: %s", request.request_id, error)
+            self.stats.count("bypassed_requests")
+            return
+        tracked = self._tracked[request.request_id] = Tracked(request, chain)
+        tracked.may_load = self._config.load and not skips_prefix_cache(request)
+        self._look_up(tracked)
+
+    def _look_up(self, tracked: Tracked) -> None:
+        session = self._client.session
+        keys = tracked.chain.keys
+        if session is None or not tracked.may_load or not keys:
+            return
+        self._follow(session.epoch)
+        lease = next(self._numbers)
+        tracked.lookup = Lookup(lease, session.epoch, time.monotonic())
+        self._lookups[lease] = tracked
+        call = Match(self._client.client, self._client.next_seq(), lease, tuple(keys))
+        self._client.post(session, call)
+
+    # --- 2. matched: how many tokens the store can give --------------------------------------
+
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """Tokens beyond `computed` that can be loaded, or None to be asked again next step."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or not tracked.may_load:
+            return 0, False
+        if self._outdated(tracked):
+            self._release(tracked)
+            tracked.preemptions = request.num_preemptions
+            tracked.chain.extend(all_tokens(request))
+            self._look_up(tracked)
+        lookup = tracked.lookup
+        if lookup is None:
+            return 0, False
+        if lookup.slots is None:
+            self._collect(self._wait_budget_s, until=lookup)
+        if lookup.slots is None and tracked.lookup is lookup:
+            if time.monotonic() - lookup.posted < self._config.call_deadline:
+                return None, False
+            self._release(tracked)  # the store is slow: do without
+            self.stats.count("slow_lookups")
+            return 0, False
+        tokens = self._loadable(tracked) - computed
+        if tokens <= 0:
+            self._release(tracked)
+            return 0, False
+        return tokens, True
+
+    def _outdated(self, tracked: Tracked) -> bool:
+        """Whether to ask (again): after a preemption, or when half of the load's time was spent queueing."""
+        if tracked.preemptions < tracked.request.num_preemptions:
+            return True
+        lookup = tracked.lookup
+        return bool(
+            lookup and lookup.slots and time.monotonic() - lookup.posted > self._config.load_deadline / 2
+        )
+
+    def _loadable(self, tracked: Tracked) -> int:
+        """Tokens, from the start, that the lookup found; whole blocks, and never the last token."""
+        lookup = tracked.lookup
+        if lookup is None or not lookup.slots:
+            return 0
+        last: int = tracked.request.num_tokens - 1
+        return min(len(lookup.slots) * self._chunk_tokens, last - last % self._block_tokens)
+
+    # --- 3. loaded: hand blocks and slots to the workers -------------------------------------
+
+    def after_alloc(self, request: Request, blocks: list[int], external: int) -> None:
+        """The engine has allocated `blocks`; the last `external` computed tokens are ours to load."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return
+        lookup = tracked.lookup
+        if lookup is None or not lookup.slots:
+            return
+        if external == 0:
+            self._release(tracked)
+            return
+        end = self._loadable(tracked)
+        start = end - external
+        first_chunk = start // self._chunk_tokens
+        chunks = [
+            ChunkCopy(
+                tracked.chain.keys[i], slot.segment, slot.offset, self._chunk_blocks(blocks, i, start, end)
+            )
+            for i, slot in enumerate(lookup.slots)
+            if first_chunk <= i and i * self._chunk_tokens < end
+        ]
+        job = next(self._numbers)
+        load = LoadJob(job, lookup.epoch, tuple(chunks), lookup.posted + self._config.load_deadline)
+        self._new_loads.append((request.request_id, load))
+        self._loading[job] = Loading(request.request_id, lookup.lease, lookup.epoch, first_chunk)
+        self._lookups.pop(lookup.lease)
+        tracked.lookup = None
+        self.stats.count("loaded_tokens", external)
+
+    def _chunk_blocks(self, blocks: list[int], chunk: int, start: int, end: int) -> tuple[int, ...]:
+        """Block ids of `chunk`; -1 for blocks outside tokens [start, end): shared, or yet to be computed."""
+        size, per_chunk = self._block_tokens, self._chunk_tokens // self._block_tokens
+        indices = range(chunk * per_chunk, (chunk + 1) * per_chunk)
+        return tuple(blocks[i] if start <= i * size < end else -1 for i in indices)
+
+    # --- 4. each step: save what is complete, protect what is under way ----------------------
+
+    def build_work(self, output: SchedulerOutput) -> StepWork:
+        """The workers' work of this step, and one message to the store."""
+        self._wait_budget_s = self._config.lookup_wait
+        idle = not output.total_num_scheduled_tokens
+        self._follow(self._client.session.epoch if self._client.session else None)
+        self._collect(self._wait_budget_s if idle and (self._update or self._lookups) else 0.0)
+        taken = self._note_scheduled(output)
+        flush = self._flush_overwritten(taken)
+        work = StepWork(self._new_loads, self._saves.dispatch(), flush, idle)
+        self._new_loads = []
+        self._send_update()
+        return work
+
+    def _note_scheduled(self, output: SchedulerOutput) -> list[int]:
+        """Follow every scheduled request's blocks and tokens; return blocks that this step may overwrite."""
+        scheduled = output.num_scheduled_tokens
+        taken: list[int] = []
+        for new in output.scheduled_new_reqs:
+            (blocks,) = new.block_ids
+            taken += blocks[new.num_computed_tokens // self._block_tokens :]
+            if tracked := self._tracked.get(new.req_id):
+                tracked.blocks = list(blocks)
+                self._save_complete(tracked, new.num_computed_tokens + scheduled[new.req_id])
+        cached = output.scheduled_cached_reqs
+        for req_id, new_ids, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            added = list(new_ids[0]) if new_ids is not None else []
+            resumed = req_id in cached.resumed_req_ids
+            taken += added[computed // self._block_tokens :] if resumed else added
+            if tracked := self._tracked.get(req_id):
+                tracked.blocks = added if resumed else tracked.blocks + added
+                self._save_complete(tracked, computed + scheduled[req_id])
+        for _, load in self._new_loads:
+            taken += [block for chunk in load.chunks for block in chunk.blocks if block >= 0]
+        return taken
+
+    def _save_complete(self, tracked: Tracked, computed: int) -> None:
+        """Want a save for every chunk that is complete once `computed` tokens are.
+
+        Only confirmed tokens count: drafts and placeholders are computed too, but not in the
+        request's token list yet.
+        """
+        tokens = all_tokens(tracked.request)
+        full = min(computed, len(tokens)) // self._chunk_tokens
+        if full <= tracked.next_save or self._epoch is None or not self._config.save:
+            return
+        keys = tracked.chain.extend(tokens) if full > len(tracked.chain.keys) else tracked.chain.keys
+        per_chunk = self._chunk_tokens // self._block_tokens
+        for chunk in range(tracked.next_save, full):
+            if keys[chunk] not in self._saves:
+                blocks = tuple(tracked.blocks[chunk * per_chunk : (chunk + 1) * per_chunk])
+                save = Save(next(self._numbers), keys[chunk], blocks, self._epoch)
+                self._saves.want(save)
+                self._outbox.reserve.append((save.job, save.key))
+        tracked.next_save = full
+
+    def _flush_overwritten(self, taken: Iterable[int]) -> list[int]:
+        """Saves whose blocks this step overwrites: copied first, or given up if they have no slot yet."""
+        flush = []
+        for save in self._saves.overwritten(taken):
+            if save.stage is Stage.WANTED and self._update is not None:
+                self._collect(self._wait_budget_s, until=save)
+            if save.stage is Stage.WANTED:
+                self._give_up(save)
+            elif save.job in self._saves.saves:
+                flush.append(save.job)
+        return flush
+
+    def _give_up(self, save: Save) -> None:
+        self._saves.drop(save.job)
+        reserved = (save.job, save.key)
+        if reserved in self._outbox.reserve:
+            self._outbox.reserve.remove(reserved)
+        else:
+            self._outbox.aborted.append(save.job)
+        self.stats.count("lost_saves")
+
+    # --- 5. finished: the last chunk, and the books ------------------------------------------
+
+    def finished(self, request: Request, blocks: list[int]) -> None:
+        """The engine lets go of the request. Its blocks may be reused; their bytes stay until then."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return
+        self._release(tracked)
+        if blocks and request.num_computed_tokens and not self._is_loading(request.request_id):
+            tracked.blocks = list(blocks)
+            self._save_complete(tracked, min(request.num_computed_tokens, request.num_tokens - 1))
+        if tracked.next_save:
+            self._outbox.used.append(tuple(tracked.chain.keys[: tracked.next_save]))
+
+    def _is_loading(self, request_id: str) -> bool:
+        return any(loading.request_id == request_id for loading in self._loading.values())
+
+    def work_done(self, done: WorkDone) -> None:
+        """What the workers report."""
+        for job, ranks in done.saved.items():
+            save = self._saves.saves.get(job)
+            if save is None:
+                continue
+            save.ranks_ended += ranks
+            if job in done.unsaved:
+                save.slot = None  # some rank's part is missing: not a chunk
+            if save.ranks_ended >= self._ranks:
+                self._saves.drop(job)
+                if save.epoch == self._epoch:
+                    (self._outbox.committed if save.slot else self._outbox.aborted).append(job)
+                self.stats.count("saved_chunks" if save.slot else "failed_saves")
+        for job, ranks in done.loaded.items():
+            loading = self._loading.get(job)
+            if loading is None:
+                continue
+            loading.ranks_ended += ranks
+            if job in done.failed_from:
+                self._load_failed(loading, done.failed_from[job])
+            if loading.ranks_ended >= self._ranks:
+                del self._loading[job]
+                if loading.epoch == self._epoch:
+                    self._outbox.released.append(loading.lease)
+        self._outbox.corrupt += done.corrupt
+        if done.corrupt:
+            self.stats.count("corrupt_chunks", len(done.corrupt))
+
+    def _load_failed(self, loading: Loading, failed_from: int) -> None:
+        self.stats.count("failed_loads")
+        if tracked := self._tracked.get(loading.request_id):
+            tracked.may_load = False
+            tracked.next_save = min(tracked.next_save, loading.first_chunk + failed_from)
+
+    # --- the store's answers -----------------------------------------------------------------
+
+    def _collect(self, wait_s: float, until: Lookup | Save | None = None) -> None:
+        """Take in answers; wait at most `wait_s`, all calls of a step together, for the one that matters."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            left = deadline - time.monotonic()
+            waiting = wait_s > 0 and left > 0 and (until is None or _open(until))
+            item = self._client.collect(left if waiting else 0.0)
+            if item is None:
+                break
+            session, call, answer = item
+            self._answered(session.epoch, call, answer)
+            if until is None:
+                wait_s = 0.0  # something came: take what else is there, wait no more
+        if wait_s > 0:
+            self._wait_budget_s = max(0.0, deadline - time.monotonic())
+
+    def _answered(self, epoch: bytes, call: Call, answer: Answer) -> None:
+        if isinstance(call, Match):
+            self._match_answered(epoch, call, answer)
+            return
+        if call is self._update:
+            self._update = None
+        if epoch != self._epoch:
+            return
+        if isinstance(answer, Lost):
+            self._outbox.take_back(call)
+        if isinstance(answer, Updated):
+            for (job, _), grant in zip(call.reserve, answer.grants, strict=True):
+                if not isinstance(grant, Slot):
+                    self._saves.drop(job)
+                    self.stats.count(f"save_{grant.value}")
+                elif not self._saves.grant(job, grant):
+                    log.debug("job %d was given up meanwhile; its abort is on the way", job)
+        else:
+            for job, _ in call.reserve:
+                self._saves.drop(job)
+                self.stats.count("lost_saves")
+
+    def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
+        tracked = self._lookups.get(call.lease)
+        lookup = tracked.lookup if tracked else None
+        slots = answer.slots if isinstance(answer, Matched) else ()
+        if tracked is None or lookup is None or lookup.lease != call.lease or epoch != self._epoch:
+            # Nobody wants it any more. If the call got lost, the store may still have leased something.
+            if epoch == self._epoch and (slots or isinstance(answer, Lost)):
+                self._outbox.released.append(call.lease)
+            return
+        lookup.slots = slots
+        tracked.next_save = max(tracked.next_save, len(slots))
+        if not slots:
+            del self._lookups[call.lease]
+            if isinstance(answer, Lost):
+                self._outbox.released.append(call.lease)
+        if isinstance(answer, Refused):
+            self.stats.count(f"lookup_{answer.why.value}")
+        self.stats.count("lookups")
+
+    def _release(self, tracked: Tracked) -> None:
+        """The request's lookup is of no use any more; an answer that is still to come finds nobody."""
+        lookup, tracked.lookup = tracked.lookup, None
+        held = lookup is not None and lookup.lease in self._lookups
+        if lookup is None or not held:
+            return
+        del self._lookups[lookup.lease]
+        if lookup.slots and lookup.epoch == self._epoch:
+            self._outbox.released.append(lookup.lease)
+
+    def _follow(self, epoch: bytes | None) -> None:
+        """The books are about one store process. When another one answers, what the old one held is void."""
+        if epoch is None:  # out of reach: what the workers do not have yet will not be saved
+            for save in self._saves.of_other_stores(None):
+                self._give_up(save)
+            return
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
+        self._outbox.clear()
+        self._update = None
+        for save in self._saves.of_other_stores(epoch):
+            self._saves.drop(save.job)
+        for tracked in list(self._lookups.values()):
+            tracked.lookup = None
+        self._lookups.clear()
+
+    def _send_update(self) -> None:
+        session = self._client.session
+        if session is None or self._update is not None or not self._outbox or session.epoch != self._epoch:
+            return
+        leases, jobs = self._held()
+        self._update = self._outbox.take(self._client.client, self._client.next_seq(), leases, jobs)
+        self._client.post(session, self._update)
+
+    def _held(self) -> tuple[int, int]:
+        """Leases and jobs that the store may have on its books after this update, what it grants in it apart.
+
+        Lookups without an answer count: the store may have leased already.
+        """
+        leases = len(self._lookups) + sum(loading.epoch == self._epoch for loading in self._loading.values())
+        jobs = sum(s.stage is not Stage.WANTED and s.epoch == self._epoch for s in self._saves.saves.values())
+        return leases, jobs
+
+    def busy(self) -> bool:
+        """Whether the engine must keep stepping: saves, or news for the store, are under way."""
+        if self._client.session is None:
+            return self._saves.copying > 0
+        return bool(self._saves or self._update or self._outbox)
+
+    def reset(self) -> None:
+        """Forget the cache: nothing stored so far is found again by this engine."""
+        self._identity.new_generation()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _open(awaited: Lookup | Save) -> bool:
+    if isinstance(awaited, Lookup):
+        return awaited.slots is None
+    return awaited.stage is Stage.WANTED

@@ -1,0 +1,80 @@
+"""Reads the configuration and refuses, at start and in words, what this version cannot serve."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kvstrata.connector.vllm.compat import context_parallel_size
+from kvstrata.core.config import Config, build_config
+from kvstrata.core.errors import ConfigError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
+
+
+def load_config(vllm_config: VllmConfig) -> Config:
+    """The configuration of this engine: the YAML file of `KVSTRATA_CONFIG` and `kv_connector_extra_config`.
+
+    Raises:
+        ConfigError: a key or value is wrong, or the load failure policy is missing.
+    """
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    if transfer.kv_load_failure_policy != "recompute":
+        wanted: dict[str, Any] = {
+            "kv_connector": transfer.kv_connector,
+            "kv_connector_module_path": transfer.kv_connector_module_path,
+            "kv_role": transfer.kv_role,
+            "kv_load_failure_policy": "recompute",
+        }
+        if transfer.kv_connector_extra_config:
+            wanted["kv_connector_extra_config"] = transfer.kv_connector_extra_config
+        raise ConfigError(
+            'vLLM fails a request whose KV cannot be loaded unless "kv_load_failure_policy" is "recompute". '
+            f"Start it with --kv-transfer-config '{json.dumps(wanted)}'"
+        )
+    sources = [("kv_connector_extra_config", transfer.kv_connector_extra_config)]
+    if name := os.environ.get("KVSTRATA_CONFIG"):
+        sources.insert(0, (name, read_yaml(Path(name))))
+    return build_config(*sources)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The tree in a YAML file. Raises ConfigError if it cannot be read or is not a tree."""
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"KVSTRATA_CONFIG {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"KVSTRATA_CONFIG {path} holds {type(tree).__name__}, expected sections such as host:"
+        )
+    return tree
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raises UnsupportedModel for engine shapes that this version does not serve."""
+    parallel = vllm_config.parallel_config
+    for value, name in (
+        (parallel.tensor_parallel_size, "tensor"),
+        (parallel.pipeline_parallel_size, "pipeline"),
+        (context_parallel_size(vllm_config), "context"),
+    ):
+        if value > 1:
+            raise UnsupportedModel(
+                f"{name}-parallel engines (here {value} ranks) are not supported yet: "
+                "start vLLM with one rank, or without kvstrata"
+            )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _DRAFTS_WITHOUT_LAYERS:
+        raise UnsupportedModel(
+            f"speculative decoding by {speculative.method} keeps draft layers in the KV cache, "
+            "which are not supported yet: start vLLM without it, or without kvstrata"
+        )

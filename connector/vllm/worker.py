@@ -1,0 +1,119 @@
+"""The worker side: runs what the scheduler side planned, reports what became of it.
+
+handle_preemptions -> start_load_kv -> wait_for_save -> get_finished -> work_done, each step
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvstrata.connector.transfer import LoadJob, Report, Transfer
+from kvstrata.connector.vllm.layout import engine_cache
+from kvstrata.connector.vllm.metadata import StepWork, WorkDone
+from kvstrata.connector.vllm.stats import Stats
+from kvstrata.controller.client import worker_segments
+from kvstrata.core.config import Config
+from kvstrata.core.layout import ChunkLayout
+from kvstrata.cuda_ext.native import CopyEngine
+
+log = logging.getLogger("kvstrata.vllm")
+
+_IDLE_WAIT_S = 0.001
+
+
+class WorkerSide:
+    """Runs in each worker process. Every method is called on the model runner's thread.
+
+    Args:
+        client: the engine's name on the side socket, the same as on the scheduler side.
+        rank: of this worker.
+    """
+
+    def __init__(
+        self, client: str, rank: int, layout: ChunkLayout, block_tokens: int, config: Config
+    ) -> None:
+        self._layout, self._block_tokens, self._config = layout, block_tokens, config
+        self._segments = worker_segments(config.node, client, rank)
+        self._transfer: Transfer | None = None
+        self._loads: dict[int, tuple[str, LoadJob]] = {}
+        self._done = WorkDone()
+        self._bad_blocks: set[int] = set()
+        self.stats = Stats()
+
+    def register(self, caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> None:
+        """The engine's KV cache is there: from now on it can be copied.
+
+        Raises:
+            UnsupportedModel: it is not laid out as it should be.
+        """
+        copier = CopyEngine(self._layout, engine_cache(self._layout, caches, layers, self._block_tokens))
+        self._transfer = Transfer(
+            copier, self._segments, self._layout.slot_bytes, self._config.client.copy_threads
+        )
+
+    def before_step(self, work: StepWork) -> None:
+        """Start saves; wait for those whose blocks this step overwrites."""
+        if self._transfer is not None:
+            self._transfer.submit(saves=work.saves)
+            self._transfer.flush(work.flush)
+
+    def start_loads(self, work: StepWork) -> None:
+        """Start loads. Their requests wait outside the batch, so the step does not."""
+        for request_id, load in work.loads:
+            self._loads[load.job] = (request_id, load)
+        if self._transfer is not None:
+            self._transfer.submit(loads=[load for _, load in work.loads])
+
+    def finished_loads(self, work: StepWork) -> set[str]:
+        """Requests whose load has ended, well or not."""
+        if self._transfer is None:
+            return set()
+        requests: set[str] = set()
+        for report in self._transfer.poll(_IDLE_WAIT_S if work.idle else 0.0):
+            if report.job in self._loads:
+                requests.add(self._load_ended(report))
+            else:
+                self._save_ended(report)
+        return requests
+
+    def _load_ended(self, report: Report) -> str:
+        request_id, load = self._loads.pop(report.job)
+        self._done.loaded[report.job] = 1
+        self.stats.count("bytes_loaded", report.nbytes)
+        self.stats.count("load_seconds", report.seconds)
+        if not report.ok:
+            self._done.failed_from[report.job] = report.failed_from
+            missing = load.chunks[report.failed_from :]
+            self._bad_blocks.update(block for chunk in missing for block in chunk.blocks if block >= 0)
+        if report.corrupt is not None:
+            self._done.corrupt.add(report.corrupt)
+        return request_id
+
+    def _save_ended(self, report: Report) -> None:
+        self._done.saved[report.job] = 1
+        if not report.ok:
+            self._done.unsaved.add(report.job)
+        self.stats.count("bytes_saved", report.nbytes)
+        self.stats.count("save_seconds", report.seconds)
+
+    def take_bad_blocks(self) -> set[int]:
+        """Blocks that a failed load left without their KV."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def take_done(self) -> WorkDone | None:
+        """News for the scheduler side."""
+        if not self._done:
+            return None
+        done, self._done = self._done, WorkDone()
+        return done
+
+    def close(self) -> None:
+        """Finish the copies that were begun, then say bye to the store."""
+        if self._transfer is not None:
+            self._transfer.close()
+        self._segments.close()

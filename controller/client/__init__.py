@@ -1,0 +1,7 @@
+"""What an engine needs of the node store: calls for the scheduler side, segments for its workers."""
+
+from kvstrata.controller.client.node import Answer, Call, Lost, NodeClient, Session
+from kvstrata.controller.client.segments import SegmentMap, worker_segments
+from kvstrata.storage_backends.host import Mapping
+
+__all__ = ["Answer", "Call", "Lost", "Mapping", "NodeClient", "SegmentMap", "Session", "worker_segments"]

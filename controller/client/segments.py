@@ -1,0 +1,212 @@
+"""The client's end of the side socket: it stays connected, maps segments, says bye.
+
+One thread of its own waits on the socket; it costs nothing while nothing happens. A worker's
+mappings are kept by (store epoch, segment) and unmapped once nobody uses them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvstrata.controller.paths import runtime_paths
+from kvstrata.controller.side import Hello, receive_message, send_message
+from kvstrata.core.config import NodeConfig
+from kvstrata.core.errors import NodeUnavailable
+from kvstrata.storage_backends.host import Mapping, map_segment, unmap_segment
+
+log = logging.getLogger("kvstrata.client")
+
+_WELCOME_DEADLINE_S = 5.0
+
+
+def worker_segments(config: NodeConfig, client: str, rank: int) -> SegmentMap:
+    """The segments of one worker of the engine `client`.
+
+    Raises:
+        ConfigError: the runtime folder cannot hold sockets.
+    """
+    return SegmentMap(lambda: runtime_paths(config).side, Hello(client, "worker", rank))
+
+
+class SideConnection:
+    """One side connection: `hello` is said and answered when the constructor returns.
+
+    Raises:
+        OSError: nobody listens at `path`, or it hung up.
+    """
+
+    def __init__(self, path: Path, hello: Hello) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            self._sock.settimeout(_WELCOME_DEADLINE_S)
+            self._sock.connect(str(path))
+            fields = {
+                "client": hello.client,
+                "role": hello.role,
+                "rank": hello.rank,
+                "protocol": hello.protocol,
+            }
+            send_message(self._sock, {"hello": fields}, [pidfd])
+            answer = receive_message(self._sock)
+            if answer is None:
+                raise ConnectionError("the node store refused the hello; its log says why")
+            self.epoch = bytes.fromhex(answer[0]["welcome"]["epoch"])
+            self._sock.settimeout(None)
+        except BaseException:
+            self._sock.close()
+            raise
+        finally:
+            os.close(pidfd)
+
+    def receive(self) -> tuple[dict[str, object], list[int]] | None:
+        """The next message; None when the store is gone or `close` was called."""
+        try:
+            return receive_message(self._sock)
+        except (OSError, ValueError):
+            return None
+
+    def send(self, message: dict[str, object]) -> None:
+        """Raises OSError when the store is gone."""
+        send_message(self._sock, message)
+
+    def alive(self) -> bool:
+        """Whether the store still holds its end. Only for connections on which nobody receives."""
+        try:
+            return bool(self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self, bye: bool) -> None:
+        """End the connection; `bye` promises that no copy of this process touches the pool any more."""
+        try:
+            if bye:
+                self.send({"bye": True})
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            log.debug("the node store was gone before the bye")
+        self._sock.close()
+
+
+@dataclass(slots=True)
+class _Mapped:
+    mapping: Mapping
+    users: int = 0
+
+
+@dataclass(slots=True)
+class _Generation:
+    """Segments of one store process. `over`: that process is gone, unmap what nobody uses."""
+
+    segments: dict[int, _Mapped] = field(default_factory=dict)
+    over: bool = False
+
+
+class SegmentMap:
+    """A worker's mapped segments, kept up to date by a thread.
+
+    Args:
+        side_socket: finds its path; asked again at each attempt.
+        hello: who this worker is.
+        on_mapped: called with each new mapping, e.g. to register it with the device.
+        retry_s: seconds between attempts to connect.
+    """
+
+    def __init__(
+        self,
+        side_socket: Callable[[], Path],
+        hello: Hello,
+        on_mapped: Callable[[Mapping], None] = lambda _: None,
+        retry_s: float = 0.5,
+    ) -> None:
+        self._side_socket, self._hello = side_socket, hello
+        self._on_mapped, self._retry_s = on_mapped, retry_s
+        self._generations: dict[bytes, _Generation] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._connection: SideConnection | None = None
+        self._thread = threading.Thread(target=self._run, name="kvstrata-side", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def use(self, epoch: bytes, segment: int) -> Iterator[Mapping | None]:
+        """The mapping of `segment` of store `epoch`, kept mapped inside the `with`; None if there is none."""
+        with self._lock:
+            generation = self._generations.get(epoch)
+            mapped = generation.segments.get(segment) if generation else None
+            if mapped is not None:
+                mapped.users += 1
+        try:
+            yield mapped.mapping if mapped else None
+        finally:
+            if mapped is not None:
+                with self._lock:
+                    mapped.users -= 1
+                    self._sweep()
+
+    def close(self) -> None:
+        """Say bye and unmap. The caller has finished all copies."""
+        self._closing.set()
+        with self._lock:
+            connection = self._connection
+        if connection is not None:
+            connection.close(bye=True)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection = SideConnection(self._side_socket(), self._hello)
+            except (OSError, NodeUnavailable):
+                self._closing.wait(self._retry_s)
+                continue
+            with self._lock:
+                self._connection = connection
+                self._generations.setdefault(connection.epoch, _Generation()).over = False
+            while not self._closing.is_set() and (received := connection.receive()) is not None:
+                self._handle(connection, *received)
+            connection.close(bye=False)
+            with self._lock:
+                self._connection = None
+                self._generations[connection.epoch].over = True
+                self._sweep()
+            self._closing.wait(self._retry_s)
+
+    def _handle(self, connection: SideConnection, message: dict[str, object], fds: list[int]) -> None:
+        try:
+            offered = message.get("segment")
+            if not isinstance(offered, dict) or len(fds) != 1:
+                log.warning("unexpected side message %s", sorted(message))
+                return
+            segment, nbytes = int(offered["id"]), int(offered["nbytes"])
+            mapping = map_segment(fds[0], nbytes)
+            self._on_mapped(mapping)
+            with self._lock:
+                self._generations[connection.epoch].segments[segment] = _Mapped(mapping)
+            connection.send({"registered": segment})
+        except OSError as error:
+            log.warning("segment of the host pool not usable: %s", error)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _sweep(self) -> None:
+        """Unmap what belongs to a store that is gone and nobody copies. The lock is held."""
+        for epoch, generation in list(self._generations.items()):
+            if not generation.over:
+                continue
+            for segment, mapped in list(generation.segments.items()):
+                if not mapped.users:
+                    unmap_segment(mapped.mapping)
+                    del generation.segments[segment]
+            if not generation.segments:
+                del self._generations[epoch]

@@ -1,0 +1,1 @@
+"""The node store: the process that owns one host's hierarchy below the GPU."""

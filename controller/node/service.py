@@ -1,0 +1,145 @@
+"""gRPC in, planner events out. Validates everything that comes over the wire."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from kvstrata import __version__
+from kvstrata.controller.node.store import NodeStore
+from kvstrata.controller.wire import PROTOCOL, WHY_TO_WIRE
+from kvstrata.core.config import Config, HostConfig, build_config
+from kvstrata.core.errors import ConfigError
+from kvstrata.core.events import ClientOpened, Match, Matched, Refused, Update, Updated
+from kvstrata.core.keys import KEY_BYTES
+from kvstrata.core.slots import Slot
+from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
+from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+_CLIENT_NAME_MAX = 256
+
+
+class NodeService(node_pb2_grpc.NodeStoreServicer):
+    """The control plane of one node store."""
+
+    def __init__(self, store: NodeStore) -> None:
+        self._store = store
+
+    async def Open(self, request: pb.OpenRequest, context: Context) -> pb.OpenReply:
+        if request.protocol != PROTOCOL:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the engine's kvstrata {request.version} speaks protocol {request.protocol}, "
+                f"the running node store {__version__} speaks {PROTOCOL}: "
+                "stop it with `kvstrata node --stop` and let the engine start its own",
+            )
+        if not 0 < len(request.client) <= _CLIENT_NAME_MAX or not request.slot_bytes or not request.workers:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Open needs client, slot_bytes and workers")
+        if not self._store.side.has_scheduler(request.client):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, "Open comes after the hello on the side socket"
+            )
+        try:
+            conflicts = _conflicts(request.config_json, self._store.config)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if conflicts:
+            return pb.OpenReply(conflicts=conflicts, version=__version__)
+        answers = self._store.apply(ClientOpened(request.client, request.slot_bytes, request.workers))
+        refused = next((answer.why for answer in answers if isinstance(answer, Refused)), None)
+        if refused is None:
+            self._store.side.client_opened(request.client)
+        return pb.OpenReply(
+            refused=WHY_TO_WIRE[refused] if refused else pb.WHY_UNSPECIFIED,
+            store_epoch=self._store.epoch,
+            pool_bytes=self._store.planner.limits.pool_bytes,
+            version=__version__,
+        )
+
+    async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
+        keys = _split_keys(request.keys)
+        if keys is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Match.keys is a multiple of 32 bytes")
+            raise AssertionError("abort raises")
+        (answer,) = self._store.apply(Match(request.client, request.seq, request.lease, keys))
+        if isinstance(answer, Refused):
+            return pb.MatchReply(refused=WHY_TO_WIRE[answer.why])
+        assert isinstance(answer, Matched)
+        return pb.MatchReply(slots=[_slot(slot) for slot in answer.slots], being_written=answer.being_written)
+
+    async def Update(self, request: pb.UpdateRequest, context: Context) -> pb.UpdateReply:
+        used = [_split_keys(prefix) for prefix in request.used]
+        keys = [r.key for r in request.reserve] + list(request.corrupt)
+        if None in used or any(len(key) != KEY_BYTES for key in keys):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "keys in Update are 32 bytes each")
+        event = Update(
+            client=request.client,
+            seq=request.seq,
+            reserve=tuple((r.job, r.key) for r in request.reserve),
+            committed=tuple(request.committed),
+            aborted=tuple(request.aborted),
+            released=tuple(request.released),
+            corrupt=tuple(request.corrupt),
+            used=tuple(prefix for prefix in used if prefix is not None),
+            leases_held=request.leases_held,
+            jobs_held=request.jobs_held,
+        )
+        (answer,) = self._store.apply(event)
+        if isinstance(answer, Refused):
+            return pb.UpdateReply(refused=WHY_TO_WIRE[answer.why])
+        assert isinstance(answer, Updated)
+        return pb.UpdateReply(
+            grants=[
+                pb.Grant(slot=_slot(grant)) if isinstance(grant, Slot) else pb.Grant(why=WHY_TO_WIRE[grant])
+                for grant in answer.grants
+            ]
+        )
+
+    async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
+        return pb.StatsReply(json=json.dumps(self._store.stats()))
+
+    async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:
+        return pb.CheckReply(problems=self._store.problems(), json=json.dumps(self._store.stats()))
+
+    async def Shutdown(self, request: pb.ShutdownRequest, context: Context) -> pb.ShutdownReply:
+        ending = request.force or not self._store.side.live
+        if ending:
+            self._store.ending.set()
+        return pb.ShutdownReply(ending=ending)
+
+
+def _slot(slot: Slot) -> pb.Slot:
+    return pb.Slot(segment=slot.segment, offset=slot.offset)
+
+
+def _split_keys(data: bytes) -> tuple[bytes, ...] | None:
+    if len(data) % KEY_BYTES:
+        return None
+    return tuple(data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES))
+
+
+def _conflicts(config_json: str, held: Config) -> list[str]:
+    """Settings of the node store that a later client set otherwise than the one that started it.
+
+    Raises:
+        ValueError: `config_json` is not a configuration.
+    """
+    if not config_json:
+        return []
+    try:
+        wanted = build_config(("the engine's configuration", json.loads(config_json))).host
+    except (ConfigError, json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"Open.config_json: {error}") from None
+    default = HostConfig()
+    return [
+        f"host.{field.name} is {getattr(held.host, field.name)!r} in the running node store "
+        f"and {getattr(wanted, field.name)!r} in this engine's configuration"
+        for field in dataclasses.fields(HostConfig)
+        if getattr(wanted, field.name) not in (getattr(default, field.name), getattr(held.host, field.name))
+    ]

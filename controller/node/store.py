@@ -1,0 +1,140 @@
+"""The node store's heart: feeds events to the planner and carries out what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from typing import Any
+
+from kvstrata.controller.node.side_server import SideServer
+from kvstrata.controller.paths import RuntimePaths, group_id
+from kvstrata.core.audit import audit
+from kvstrata.core.catalogue import State
+from kvstrata.core.config import AUTO, Config
+from kvstrata.core.events import Action, Event, GrowPool, GrowthFailed, SegmentAdded, Tick
+from kvstrata.core.planner import Limits, Planner
+from kvstrata.core.units import format_size
+from kvstrata.storage_backends.host import HostPool
+
+log = logging.getLogger("kvstrata.node")
+
+_TICK_S = 1.0
+
+
+class NodeStore:
+    """One host's pool, catalogue and clients. Everything runs on one event loop but pre-faulting."""
+
+    def __init__(self, config: Config, paths: RuntimePaths, pool_bytes: int) -> None:
+        self.config = config
+        self.epoch = secrets.token_bytes(8)
+        self.pool = HostPool()
+        self.planner = Planner(_limits(config, pool_bytes), config.host.policy)
+        gid = group_id(config.node.group) if config.node.group else None
+        self.side = SideServer(
+            paths.side,
+            self.epoch,
+            self.apply,
+            self._segments,
+            mode=0o660 if config.node.group else 0o600,
+            gid=gid,
+        )
+        self.ending = asyncio.Event()
+        self._growth: asyncio.Task[None] | None = None
+        self._stop_growth = False
+
+    def apply(self, event: Event) -> list[Action]:
+        """Feed one event; carry out what concerns the store itself, return the answers."""
+        answers: list[Action] = []
+        for action in self.planner.step(event, time.monotonic()):
+            if isinstance(action, GrowPool):
+                self._growth = asyncio.get_running_loop().create_task(self._grow(action))
+            else:
+                answers.append(action)
+        return answers
+
+    async def run(self) -> None:
+        """Serve until told to end or until nobody has been connected for `node.idle_exit`."""
+        self.side.start()
+        idle_since = time.monotonic()
+        try:
+            while not self.ending.is_set():
+                self.apply(Tick())
+                if self.side.live:
+                    idle_since = time.monotonic()
+                elif time.monotonic() - idle_since > self.config.node.idle_exit:
+                    log.info("no client for %.0f s: ending", self.config.node.idle_exit)
+                    break
+                try:
+                    await asyncio.wait_for(self.ending.wait(), _TICK_S)
+                except asyncio.TimeoutError:
+                    continue
+        finally:
+            self._stop_growth = True
+            if self._growth is not None:
+                await self._growth
+            self.side.close()
+            self.pool.close()
+
+    async def _grow(self, action: GrowPool) -> None:
+        try:
+            segment = await asyncio.to_thread(
+                self.pool.make_segment, action.nbytes, lambda: self._stop_growth
+            )
+        except OSError as error:
+            log.error("the host pool stays at %s: %s", format_size(self.pool.nbytes), error)
+            self.apply(GrowthFailed())
+            return
+        log.info("host pool: segment %d of %s", segment, format_size(action.nbytes))
+        self.apply(SegmentAdded(segment, action.nbytes, action.slot_bytes))
+        self.side.offer_segments()
+
+    def _segments(self) -> list[tuple[int, int, int]]:
+        return [
+            (segment.id, segment.nbytes, self.pool.descriptor(segment.id))
+            for segment in self.planner.slots.segments.values()
+        ]
+
+    def problems(self) -> list[str]:
+        """What `kvstrata check` reports: contradictions in the books, empty when there are none."""
+        return audit(self.planner)
+
+    def stats(self) -> dict[str, Any]:
+        """Sizes and counters as plain data."""
+        planner = self.planner
+        states = {state.value: 0 for state in State}
+        for entry in planner.catalogue:
+            states[entry.state.value] += 1
+        return {
+            "pid": os.getpid(),
+            "epoch": self.epoch.hex(),
+            "pool": {
+                "configured_bytes": planner.limits.pool_bytes,
+                "made_bytes": planner.pool_bytes,
+                "segments": len(planner.slots.segments),
+                "slots": sum(segment.total for segment in planner.slots.segments.values()),
+                "slots_free": sum(len(segment.free) for segment in planner.slots.segments.values()),
+            },
+            "chunks": states,
+            "clients": [
+                {
+                    "id": client.id,
+                    "stopped": client.stopped,
+                    "leases": len(client.leases),
+                    "jobs": len(client.jobs),
+                    "overdue_slots": planner.overdue_slots(client),
+                    "usable_segments": len(client.usable),
+                }
+                for client in planner.clients.values()
+            ],
+            "counters": dict(planner.counters),
+        }
+
+
+def _limits(config: Config, pool_bytes: int) -> Limits:
+    segment = config.host.segment_size
+    if segment == AUTO:
+        segment = (1 << 30) if pool_bytes >= (16 << 30) else (256 << 20)
+    return Limits(pool_bytes=pool_bytes, segment_bytes=min(segment, pool_bytes))

@@ -1,0 +1,83 @@
+"""The side socket's messages: one JSON object a packet, descriptors beside it.
+
+client -> store   {"hello": {...}} + pidfd of the client     who I am; this descriptor says when I am gone
+store  -> client  {"welcome": {"epoch": hex}}
+store  -> worker  {"segment": {"id": n, "nbytes": n}} + memfd
+worker -> store   {"registered": n}                           mapped, and registered with the device
+client -> store   {"bye": true}                               all my copies are done
+
+The connection is the client's life: when it ends the store grants nothing more, and when the
+pidfd fires, or after a bye, what the client held is free.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+MAX_MESSAGE = 4096
+PROTOCOL = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """How a process of an engine introduces itself on the side socket."""
+
+    client: str
+    role: str  # "scheduler" or "worker"
+    rank: int
+    protocol: int = PROTOCOL
+
+    @classmethod
+    def parse(cls, fields: Any) -> Hello:
+        """Raises ValueError for anything that is not a hello of this protocol."""
+        if not isinstance(fields, dict) or set(fields) != {"client", "role", "rank", "protocol"}:
+            raise ValueError("not a hello")
+        hello = cls(**fields)
+        if hello.protocol != PROTOCOL:
+            raise ValueError(f"speaks side protocol {hello.protocol}, this node store speaks {PROTOCOL}")
+        if (
+            not isinstance(hello.client, str)
+            or hello.role not in ("scheduler", "worker")
+            or type(hello.rank) is not int
+        ):
+            raise ValueError("not a hello")
+        return hello
+
+
+def send_message(sock: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
+    """One packet. Raises OSError when the peer is gone."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([data], ancillary)
+
+
+def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """The next packet and its descriptors, which the caller owns; None at end of stream.
+
+    Raises:
+        ValueError: the packet is not a JSON object, or too long.
+        OSError: the connection broke.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    if not data:
+        return None
+    try:
+        if flags & socket.MSG_TRUNC:
+            raise ValueError("side message too long")
+        message = json.loads(data)
+        if not isinstance(message, dict):
+            raise ValueError("side message is not an object")
+    except ValueError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, list(fds)

@@ -1,0 +1,225 @@
+"""The canonical chunk: which byte of a chunk holds what (docs/format.md has the picture).
+
+Rule of this file: arithmetic only. A layout is made of parts, a part of layers, a layer of
+sub-blocks, one for each (kv head, plane). Everybody who needs an offset asks here.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvstrata.core.digest import digest
+from kvstrata.core.errors import UnsupportedModel
+
+FORMAT_VERSION = 0  # stays 0 until exact packing has landed
+ALIGNMENT = 4096  # parts and slots start on pages: direct I/O and registration need it
+CODEC_RAW = 0
+
+_MAGIC = b"KVSTRATA"
+_HEADER = struct.Struct("<8sHHIII32s32sQ")  # see docs/format.md
+_PART = struct.Struct("<HHIIIQ")
+_LAYER = struct.Struct("<HBBHH")
+_CHECKSUM_BYTES = 8
+
+_ITEM_BYTES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+_DTYPE_IDS = {name: number for number, name in enumerate(_ITEM_BYTES, start=1)}
+
+
+class PartKind(enum.IntEnum):
+    """What a group of layers keeps of the past; the numbers are part of the byte format."""
+
+    FULL = 1
+    WINDOW = 2
+    LATENT = 3
+    RECURRENT = 4
+    DRAFT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer's KV for one token: `kv_heads` heads, each with `plane_dims` elements a plane.
+
+    `plane_dims` is `(key_dim, value_dim)` for attention and `(latent_dim,)` for MLA.
+    Heads are the model's, before tensor parallelism divides them.
+    """
+
+    name: str
+    kv_heads: int
+    plane_dims: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _ITEM_BYTES:
+            known = ", ".join(_ITEM_BYTES)
+            raise UnsupportedModel(f"layer {self.name}: KV dtype {self.dtype!r} is not one of {known}")
+        if self.kv_heads < 1 or not self.plane_dims or min(self.plane_dims) < 1:
+            raise UnsupportedModel(
+                f"layer {self.name}: {self.kv_heads} KV heads with plane sizes {self.plane_dims} "
+                "cannot be laid out"
+            )
+
+    @property
+    def item_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The layers of a model that keep the same kind of past, in model order."""
+
+    kind: PartKind
+    layers: tuple[LayerSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SubBlock:
+    """The unit of packing, checksum and slicing: one (layer, kv head, plane) of a part."""
+
+    index: int  # position in the chunk's checksum table
+    part: int
+    layer: int  # position inside the part
+    head: int
+    plane: int
+    offset: int  # bytes from the start of the chunk
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Where every byte of one chunk lies. Immutable; equal layouts have equal `digest`."""
+
+    chunk_tokens: int
+    parts: tuple[Part, ...]
+    codec: int = CODEC_RAW
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1:
+            raise UnsupportedModel(f"a chunk of {self.chunk_tokens} tokens cannot hold anything")
+        if not self.parts or not all(part.layers for part in self.parts):
+            raise UnsupportedModel("a model without KV layers has nothing to store")
+
+    @cached_property
+    def sub_blocks(self) -> tuple[SubBlock, ...]:
+        """All sub-blocks in the order of the checksum table, which is also byte order."""
+        return tuple(self._walk())
+
+    def _walk(self) -> Iterator[SubBlock]:
+        index = 0
+        offset = self.payload_offset
+        for part_index, part in enumerate(self.parts):
+            offset = _round_up(offset, ALIGNMENT)
+            for layer_index, layer in enumerate(part.layers):
+                for head in range(layer.kv_heads):
+                    for plane, dim in enumerate(layer.plane_dims):
+                        nbytes = self.chunk_tokens * dim * layer.item_bytes
+                        yield SubBlock(index, part_index, layer_index, head, plane, offset, nbytes)
+                        index += 1
+                        offset += nbytes
+
+    @cached_property
+    def sub_block_count(self) -> int:
+        return sum(layer.kv_heads * len(layer.plane_dims) for part in self.parts for layer in part.layers)
+
+    @cached_property
+    def checksum_offset(self) -> int:
+        """Where the table of 64-bit checksums starts; entry i belongs to sub-block i."""
+        layers = sum(len(part.layers) for part in self.parts)
+        tables = _HEADER.size + _PART.size * len(self.parts) + _LAYER.size * layers
+        return _round_up(tables, _CHECKSUM_BYTES)
+
+    @cached_property
+    def payload_offset(self) -> int:
+        return _round_up(self.checksum_offset + _CHECKSUM_BYTES * self.sub_block_count, ALIGNMENT)
+
+    @cached_property
+    def payload_bytes(self) -> int:
+        last = self.sub_blocks[-1]
+        return last.offset + last.nbytes - self.payload_offset
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Size of the slot that holds one chunk: header, tables, payload, rounded to pages."""
+        return _round_up(self.payload_offset + self.payload_bytes, ALIGNMENT)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that differ whenever two layouts place any byte differently."""
+        return digest(
+            b"kvstrata layout",
+            self._tables(),
+            struct.pack("<IHH", self.chunk_tokens, FORMAT_VERSION, self.codec),
+        )
+
+    def header(self, key: bytes) -> bytes:
+        """The first `checksum_offset` bytes of the chunk stored under `key`.
+
+        They follow from layout and key alone, so a reader compares instead of parsing.
+        """
+        fixed = _HEADER.pack(
+            _MAGIC,
+            FORMAT_VERSION,
+            self.codec,
+            self.chunk_tokens,
+            self.sub_block_count,
+            self.payload_offset,
+            key,
+            self.digest,
+            self.payload_bytes,
+        )
+        return (fixed + self._tables()).ljust(self.checksum_offset, b"\0")
+
+    def _tables(self) -> bytes:
+        parts, layers, first = [], [], 0
+        for part in self.parts:
+            count = sum(layer.kv_heads * len(layer.plane_dims) for layer in part.layers)
+            offset = self.sub_blocks[first].offset
+            parts.append(_PART.pack(part.kind, len(part.layers), first, count, 0, offset))
+            first += count
+            for layer in part.layers:
+                dims = (*layer.plane_dims, 0)[:2]
+                layers.append(
+                    _LAYER.pack(layer.kv_heads, len(layer.plane_dims), _DTYPE_IDS[layer.dtype], *dims)
+                )
+        return b"".join(parts + layers)
+
+
+def writer_of(layout: ChunkLayout, tp_size: int, sub_block: SubBlock) -> int:
+    """The tensor-parallel rank that writes `sub_block`; every sub-block has exactly one.
+
+    Where heads are divided, a rank writes its own heads. Where they are replicated (more ranks
+    than heads, MLA), the replicas of a head take its sub-blocks in turn, so none writes all.
+
+    Raises:
+        UnsupportedModel: neither divides the other, so ranks would own parts of heads.
+    """
+    layer = layout.parts[sub_block.part].layers[sub_block.layer]
+    if layer.kv_heads % tp_size == 0:
+        return sub_block.head // (layer.kv_heads // tp_size)
+    if tp_size % layer.kv_heads == 0:
+        replicas = tp_size // layer.kv_heads
+        turn = (sub_block.layer * len(layer.plane_dims) + sub_block.plane) % replicas
+        return sub_block.head * replicas + turn
+    raise UnsupportedModel(
+        f"layer {layer.name}: {layer.kv_heads} KV heads over {tp_size} ranks leaves ranks with parts of heads"
+    )
+
+
+def chunk_tokens_for(wanted: int, block_tokens: int) -> int:
+    """`wanted` tokens a chunk, rounded up to whole engine blocks of `block_tokens`."""
+    return _round_up(wanted, block_tokens)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

@@ -1,0 +1,302 @@
+"""The planner: `step(event, now) -> actions`. Every decision of a node store is made here.
+
+Rule of this file: no I/O, no clock, no threads. The caller feeds events one at a time, carries
+out the actions, and may replay both. Claims (leases of readers, jobs of writers) end only by the
+client's report or by the end of its processes; a claim past its deadline is overdue: counted,
+capped, and its slot is not reused until it is answered for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+
+from kvstrata.core.catalogue import Catalogue, Cause, Entry, State
+from kvstrata.core.events import (
+    Action,
+    ClientGone,
+    ClientOpened,
+    ClientStopped,
+    Event,
+    GrowPool,
+    GrowthFailed,
+    Match,
+    Matched,
+    Refused,
+    SegmentAdded,
+    SegmentRegistered,
+    Tick,
+    Update,
+    Updated,
+    Why,
+)
+from kvstrata.core.policy import POLICIES
+from kvstrata.core.slots import Slot, SlotAllocator
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one node store. Sizes in bytes, times in seconds, shares of the pool in 0..1."""
+
+    pool_bytes: int
+    segment_bytes: int
+    claim_deadline_s: float = 120.0  # far above any honest copy: reaching it means a hung client
+    leased_share_max: float = 0.75  # the rest stays evictable, so that saving never starves
+    quarantine_share_max: float = 0.25
+
+
+@dataclass(slots=True)
+class Claim:
+    """A lease (several entries, to read) or a job (one entry, to write) of one client."""
+
+    entries: tuple[Entry, ...]
+    deadline: float
+    overdue: bool = False
+
+
+@dataclass(slots=True)
+class Client:
+    """One engine. `registered` maps a segment to the ranks that have mapped it."""
+
+    id: str
+    slot_bytes: int
+    workers: int
+    seq: int = 0
+    stopped: bool = False
+    leases: dict[int, Claim] = field(default_factory=dict)
+    jobs: dict[int, Claim] = field(default_factory=dict)
+    registered: dict[int, set[int]] = field(default_factory=dict)
+    usable: set[int] = field(default_factory=set)  # segments that every rank has registered
+    leases_believed: int = 0  # what it said to hold at its last update, and what it got since
+    jobs_believed: int = 0
+
+    def can_reach(self, entry: Entry) -> bool:
+        """Whether all its ranks have mapped the entry's segment, and the slot is of its size."""
+        return entry.slot.segment in self.usable and entry.slot.nbytes == self.slot_bytes
+
+
+class Planner:
+    """Catalogue, clients and pool of one node store."""
+
+    def __init__(self, limits: Limits, policy: str = "lru") -> None:
+        self.limits = limits
+        self.slots = SlotAllocator()
+        self.catalogue = Catalogue(POLICIES[policy](), self.slots.give_back)
+        self.clients: dict[str, Client] = {}
+        self.counters: Counter[str] = Counter()
+        self.pool_bytes = 0  # of all segments made so far
+        self._growing = False
+        self._growth_failed = False
+        self._leased_slots = 0
+
+    # --- one event -------------------------------------------------------------------------
+
+    def step(self, event: Event, now: float) -> list[Action]:
+        """Apply `event` at time `now` (seconds, any monotonic clock); return what must be done."""
+        match event:
+            case Match():
+                return self._match(event, now)
+            case Update():
+                return self._update(event, now)
+            case ClientOpened():
+                return self._open(event)
+            case SegmentAdded():
+                self._growing = False
+                self.pool_bytes += event.nbytes
+                self.slots.add(event.segment, event.nbytes, event.slot_bytes)
+            case SegmentRegistered():
+                self._register(event)
+            case GrowthFailed():
+                self._growing, self._growth_failed = False, True
+            case ClientStopped():
+                if client := self.clients.get(event.client):
+                    client.stopped = True
+            case ClientGone():
+                self._reclaim(event.client)
+            case Tick():
+                self._mark_overdue(now)
+        return []
+
+    # --- match: the longest stored prefix, under a lease ------------------------------------
+
+    def _match(self, event: Match, now: float) -> list[Action]:
+        client = self._heard(event)
+        if isinstance(client, Refused):
+            return [client]
+        if why := self._refusal(client):
+            return [Refused(why)]
+        self.counters["lookups"] += 1
+        self.counters["lookup_chunks"] += len(event.keys)
+        found = self.catalogue.match(event.keys)
+        following = self.catalogue.get(event.keys[len(found)]) if len(found) < len(event.keys) else None
+        entries = tuple(itertools.takewhile(client.can_reach, found))
+        if entries:
+            if self._leased_slots + len(entries) > self._share(self.limits.leased_share_max, client):
+                return [Refused(Why.BUSY)]
+            self.catalogue.hold(entries)
+            self._leased_slots += len(entries)
+            client.leases_believed += 1
+            client.leases[event.lease] = Claim(entries, now + self.limits.claim_deadline_s)
+            self.counters["hit_chunks"] += len(entries)
+        return [Matched(tuple(entry.slot for entry in entries), being_written=following is not None)]
+
+    # --- update: reservations and reports ---------------------------------------------------
+
+    def _update(self, event: Update, now: float) -> list[Action]:
+        client = self._heard(event)
+        if isinstance(client, Refused):
+            return [client]
+        self._hear(client, event)  # also from a client that gets nothing more: reports free what it holds
+        if why := self._refusal(client):
+            return [Updated((why,) * len(event.reserve))]
+        grants = tuple(self._reserve(client, job, key, now) for job, key in event.reserve)
+        return [Updated(grants), *(self._grow(client.slot_bytes) if grants else ())]
+
+    def _hear(self, client: Client, event: Update) -> None:
+        for job in event.committed:
+            if claim := client.jobs.pop(job, None):
+                (entry,) = claim.entries
+                if entry.state is State.RESERVED:
+                    self.catalogue.move(entry, Cause.COMMIT)
+                    self.counters["committed_chunks"] += 1
+                else:  # too late: it was quarantined, and the key may be somebody else's by now
+                    self.catalogue.move(entry, Cause.ABORT)
+        for job in event.aborted:
+            if claim := client.jobs.pop(job, None):
+                self.catalogue.move(claim.entries[0], Cause.ABORT)
+                self.counters["aborted_chunks"] += 1
+        for lease in event.released:
+            if claim := client.leases.pop(lease, None):
+                self._let_go(claim)
+        for key in event.corrupt:
+            entry_or_none = self.catalogue.get(key)
+            if entry_or_none and entry_or_none.state is State.READY:
+                self.catalogue.drop(entry_or_none)
+                self.counters["corrupt_chunks"] += 1
+        for keys in event.used:
+            self.catalogue.touch(keys)
+        client.leases_believed, client.jobs_believed = event.leases_held, event.jobs_held
+
+    def _reserve(self, client: Client, job: int, key: bytes, now: float) -> Slot | Why:
+        if self.catalogue.get(key) is not None:
+            return Why.EXISTS
+        if not client.usable:
+            return Why.NOT_READY
+        slot = self.slots.take(client.slot_bytes, client.usable)
+        if slot is None and self._evict(client, now):
+            slot = self.slots.take(client.slot_bytes, client.usable)
+        if slot is None:
+            self.counters["refused_full"] += 1
+            return Why.FULL
+        entry = self.catalogue.reserve(key, slot)
+        client.jobs_believed += 1
+        client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
+        return slot
+
+    def _evict(self, client: Client, now: float) -> bool:
+        """Free one slot that `client` can use."""
+        for entry in self.catalogue.victims(now):
+            if client.can_reach(entry):
+                self.catalogue.drop(entry)
+                self.counters["evicted_chunks"] += 1
+                return True
+        return False
+
+    # --- pool -------------------------------------------------------------------------------
+
+    def _grow(self, slot_bytes: int) -> list[Action]:
+        """Ask for the next segment while the last one still has room, so that nobody waits for it."""
+        free_bytes = self.slots.free_slots(slot_bytes) * slot_bytes
+        if self._growing or free_bytes > self.limits.segment_bytes // 2:
+            return []
+        nbytes = min(max(self.limits.segment_bytes, slot_bytes), self.limits.pool_bytes - self.pool_bytes)
+        if nbytes >= slot_bytes and not self._growth_failed:
+            self._growing = True
+            return [GrowPool(nbytes, slot_bytes)]
+        self._reclass(slot_bytes)
+        return []
+
+    def _reclass(self, slot_bytes: int) -> None:
+        """Give a segment to a slot size that has none, taking the one least used from the others."""
+        segments = self.slots.segments.values()
+        if any(segment.slot_bytes == slot_bytes for segment in segments):
+            return
+        entries: dict[int, list[Entry]] = {segment.id: [] for segment in segments}
+        for entry in self.catalogue:
+            entries[entry.slot.segment].append(entry)
+        for segment in sorted(segments, key=lambda candidate: candidate.used):
+            inside = entries[segment.id]
+            if segment.nbytes >= slot_bytes and all(e.state is State.READY and not e.readers for e in inside):
+                for entry in inside:
+                    self.catalogue.drop(entry)
+                    self.counters["evicted_chunks"] += 1
+                self.slots.reclass(segment.id, slot_bytes)
+                return
+
+    def _register(self, event: SegmentRegistered) -> None:
+        client = self.clients.get(event.client)
+        if client is None:
+            return
+        ranks = client.registered.setdefault(event.segment, set())
+        ranks.add(event.rank)
+        if len(ranks) >= client.workers:
+            client.usable.add(event.segment)
+
+    def _share(self, share: float, client: Client) -> float:
+        """`share` of the pool in slots of this client's size."""
+        return share * self.limits.pool_bytes / client.slot_bytes
+
+    # --- clients ----------------------------------------------------------------------------
+
+    def _open(self, event: ClientOpened) -> list[Action]:
+        if self.limits.pool_bytes < event.slot_bytes:
+            return [Refused(Why.POOL_TOO_SMALL)]
+        client = self.clients.setdefault(event.client, Client(event.client, event.slot_bytes, event.workers))
+        client.stopped = False
+        return self._grow(client.slot_bytes)
+
+    def _heard(self, event: Match | Update) -> Client | Refused:
+        """The sender, unless a later request of its was answered already (this one was overtaken)."""
+        client = self.clients.get(event.client)
+        if client is None:
+            return Refused(Why.UNKNOWN_CLIENT)
+        if event.seq <= client.seq:
+            return Refused(Why.STALE)
+        client.seq = event.seq
+        return client
+
+    def _refusal(self, client: Client) -> Why | None:
+        """Why `client` may not be given anything now."""
+        if client.stopped:
+            return Why.STOPPED
+        if self.overdue_slots(client) > self._share(self.limits.quarantine_share_max, client):
+            return Why.QUARANTINE
+        return None
+
+    def _let_go(self, claim: Claim) -> None:
+        self.catalogue.let_go(claim.entries)
+        self._leased_slots -= len(claim.entries)
+
+    def _reclaim(self, client_id: str) -> None:
+        client = self.clients.pop(client_id, None)
+        if client is None:
+            return
+        for claim in client.leases.values():
+            self._let_go(claim)
+        for claim in client.jobs.values():
+            self.catalogue.move(claim.entries[0], Cause.ABORT)
+        self.counters["reclaimed_claims"] += len(client.leases) + len(client.jobs)
+
+    def _mark_overdue(self, now: float) -> None:
+        for client in self.clients.values():
+            for claim in client.leases.values():
+                claim.overdue = claim.overdue or claim.deadline < now
+            for claim in client.jobs.values():
+                if claim.deadline < now and not claim.overdue:
+                    claim.overdue = True
+                    self.catalogue.move(claim.entries[0], Cause.OVERDUE)
+
+    def overdue_slots(self, client: Client) -> int:
+        claims = (*client.leases.values(), *client.jobs.values())
+        return sum(len(claim.entries) for claim in claims if claim.overdue)

@@ -1,0 +1,217 @@
+// The CPU twin of the copy kernels: engine blocks <-> canonical sub-blocks (kvstrata.h says what).
+//
+// Rule of this file: a sub-block is copied whole, then summed (gather), or summed whole, then copied
+// (scatter), so that the second pass finds its bytes in cache. A copy is between two views, and which
+// of them is the engine's does not matter, except for tables.
+#include "kvstrata.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include "checksum.h"
+#include "transpose.h"
+
+// One binary for every x86-64, at the speed of this one. Needs ifuncs, so glibc; elsewhere (Arm, musl)
+// the baseline is vectorised too.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define KVS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#endif
+#ifndef KVS_CLONES
+#define KVS_CLONES
+#endif
+
+namespace {
+
+// Tokens x dims somewhere in memory; strides in bytes.
+template <class Byte>
+struct View {
+    Byte* data;
+    int64_t stride_token;
+    int64_t stride_dim;
+
+    View from_token(int64_t token) const { return {data + token * stride_token, stride_token, stride_dim}; }
+};
+using Source = View<const uint8_t>;
+using Target = View<uint8_t>;
+
+KVS_CLONES uint64_t sum_words(const uint8_t* data, size_t nbytes) { return kvs::sum_words(data, nbytes); }
+
+template <class Item>
+void copy_rows(Target to, Source from, int64_t tokens, int64_t dim) {
+    const int64_t row = dim * int64_t{sizeof(Item)};
+    if (to.stride_token == row && from.stride_token == row) {
+        memcpy(to.data, from.data, static_cast<size_t>(tokens * row));
+        return;
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+        memcpy(to.data + t * to.stride_token, from.data + t * from.stride_token, static_cast<size_t>(row));
+    }
+}
+
+template <class Item>
+void copy_items(Target to, Source from, int64_t tokens, int64_t dim) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t d = 0; d < dim; ++d) {
+            memcpy(to.data + t * to.stride_token + d * to.stride_dim,
+                   from.data + t * from.stride_token + d * from.stride_dim, sizeof(Item));
+        }
+    }
+}
+
+template <class Item>
+void copy_view(Target to, Source from, int64_t tokens, int64_t dim) {
+    constexpr int64_t item = sizeof(Item);
+    if (to.stride_dim == item && from.stride_dim == item) {
+        copy_rows<Item>(to, from, tokens, dim);
+    } else if (to.stride_dim == item && from.stride_token == item) {
+        kvs::transpose<Item>(to.data, to.stride_token, from.data, from.stride_dim, dim, tokens);
+    } else if (to.stride_token == item && from.stride_dim == item) {
+        kvs::transpose<Item>(to.data, to.stride_dim, from.data, from.stride_token, tokens, dim);
+    } else {
+        copy_items<Item>(to, from, tokens, dim);
+    }
+}
+
+// `table` points at the entry of the first item; canonical items follow one another.
+template <class Item>
+void table_to_slot(uint8_t* slot, const uint8_t* region, const int32_t* table, int64_t items) {
+    for (int64_t i = 0; i < items; ++i) {
+        memcpy(slot + i * int64_t{sizeof(Item)}, region + table[i] * int64_t{sizeof(Item)}, sizeof(Item));
+    }
+}
+
+template <class Item>
+void table_to_engine(uint8_t* region, const uint8_t* slot, const int32_t* table, int64_t items) {
+    for (int64_t i = 0; i < items; ++i) {
+        memcpy(region + table[i] * int64_t{sizeof(Item)}, slot + i * int64_t{sizeof(Item)}, sizeof(Item));
+    }
+}
+
+// One head of one plane: a sub-block in the slot, and its pieces in the engine's blocks.
+struct Head {
+    const kvs_plane& plane;
+    int64_t local;  // counts the heads held here
+
+    int64_t index() const { return plane.checksum_index + (plane.first_head + local) * plane.checksum_stride; }
+    int64_t slot_offset() const { return plane.slot_offset + (plane.first_head + local) * plane.slot_stride; }
+    int64_t token_bytes() const { return int64_t{plane.dim} * plane.item_bytes; }
+    uint8_t* region(int64_t block) const {
+        return plane.base + block * plane.stride_block + local * plane.stride_head;
+    }
+};
+
+template <class Item>
+void gather_block(const Head& head, const uint8_t* region, uint8_t* rows, int64_t tokens) {
+    const kvs_plane& plane = head.plane;
+    if (plane.table != nullptr) {
+        table_to_slot<Item>(rows, region, plane.table, tokens * plane.dim);
+        return;
+    }
+    const Target to = {rows, head.token_bytes(), int64_t{sizeof(Item)}};
+    copy_view<Item>(to, {region, plane.stride_token, plane.stride_dim}, tokens, plane.dim);
+}
+
+// Writes the tokens from `first` on; `rows` and `region` are those of the block's token 0.
+template <class Item>
+void scatter_block(const Head& head, uint8_t* region, const uint8_t* rows, int64_t first, int64_t tokens) {
+    const kvs_plane& plane = head.plane;
+    const int64_t count = tokens - first;
+    const Source from = Source{rows, head.token_bytes(), int64_t{sizeof(Item)}}.from_token(first);
+    if (plane.table != nullptr) {
+        table_to_engine<Item>(region, from.data, plane.table + first * plane.dim, count * plane.dim);
+        return;
+    }
+    const Target to = Target{region, plane.stride_token, plane.stride_dim}.from_token(first);
+    copy_view<Item>(to, from, count, plane.dim);
+}
+
+template <class Item>
+void gather_head(const Head& head, const int64_t* block_ids, int64_t block_tokens, int64_t blocks,
+                 uint8_t* rows) {
+    const int64_t block_bytes = block_tokens * head.token_bytes();
+    for (int64_t b = 0; b < blocks; ++b) {
+        gather_block<Item>(head, head.region(block_ids[b]), rows + b * block_bytes, block_tokens);
+    }
+}
+
+template <class Item>
+void scatter_head(const Head& head, const int64_t* block_ids, int64_t block_tokens, int64_t blocks,
+                  const uint8_t* rows, int64_t first_token) {
+    const int64_t block_bytes = block_tokens * head.token_bytes();
+    for (int64_t b = first_token / block_tokens; b < blocks; ++b) {
+        const int64_t start = b * block_tokens;
+        const int64_t first = first_token > start ? first_token - start : 0;
+        scatter_block<Item>(head, head.region(block_ids[b]), rows + b * block_bytes, first, block_tokens);
+    }
+}
+
+void write_entry(uint8_t* table, int64_t index, uint64_t checksum) {
+    memcpy(table + index * int64_t{sizeof checksum}, &checksum, sizeof checksum);
+}
+
+bool entry_matches(const uint8_t* table, int64_t index, const uint8_t* data, int64_t nbytes, uint64_t seed) {
+    uint64_t stored;
+    memcpy(&stored, table + index * int64_t{sizeof stored}, sizeof stored);
+    return stored == kvs_checksum(data, nbytes, seed);
+}
+
+}  // namespace
+
+int kvs_abi_version(void) noexcept { return KVS_ABI_VERSION; }
+
+uint64_t kvs_checksum(const uint8_t* data, int64_t nbytes, uint64_t seed) noexcept {
+    const auto size = static_cast<size_t>(nbytes);
+    return kvs::finish(sum_words(data, size), size, seed);
+}
+
+void kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids, int64_t block_tokens,
+                int64_t chunk_tokens, uint8_t* slot, int64_t checksum_table_offset,
+                uint64_t seed) noexcept {
+    const int64_t blocks = chunk_tokens / block_tokens;
+    for (int64_t p = 0; p < n_planes; ++p) {
+        for (int64_t h = 0; h < planes[p].heads; ++h) {
+            const Head head = {planes[p], h};
+            uint8_t* rows = slot + head.slot_offset();
+            switch (planes[p].item_bytes) {
+                case 1: gather_head<uint8_t>(head, block_ids, block_tokens, blocks, rows); break;
+                case 2: gather_head<uint16_t>(head, block_ids, block_tokens, blocks, rows); break;
+                default: gather_head<uint32_t>(head, block_ids, block_tokens, blocks, rows); break;
+            }
+            const uint64_t checksum = kvs_checksum(rows, chunk_tokens * head.token_bytes(), seed);
+            write_entry(slot + checksum_table_offset, head.index(), checksum);
+        }
+    }
+}
+
+int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids,
+                    int64_t block_tokens, int64_t chunk_tokens, const uint8_t* slot,
+                    int64_t checksum_table_offset, uint64_t seed, int64_t first_token) noexcept {
+    const int64_t blocks = chunk_tokens / block_tokens;
+    const uint8_t* table = slot + checksum_table_offset;
+    for (int64_t p = 0; p < n_planes; ++p) {
+        for (int64_t h = 0; h < planes[p].heads; ++h) {
+            const Head head = {planes[p], h};
+            const uint8_t* rows = slot + head.slot_offset();
+            const int64_t nbytes = chunk_tokens * head.token_bytes();
+            if (!entry_matches(table, head.index(), rows, nbytes, seed)) return head.index();
+            switch (planes[p].item_bytes) {
+                case 1: scatter_head<uint8_t>(head, block_ids, block_tokens, blocks, rows, first_token); break;
+                case 2: scatter_head<uint16_t>(head, block_ids, block_tokens, blocks, rows, first_token); break;
+                default: scatter_head<uint32_t>(head, block_ids, block_tokens, blocks, rows, first_token); break;
+            }
+        }
+    }
+    return KVS_ALL_GOOD;
+}
+
+int64_t kvs_verify(const uint8_t* slot, const kvs_sub_block* sub_blocks, int64_t count,
+                   int64_t checksum_table_offset, uint64_t seed) noexcept {
+    const uint8_t* table = slot + checksum_table_offset;
+    for (int64_t i = 0; i < count; ++i) {
+        const kvs_sub_block& one = sub_blocks[i];
+        if (!entry_matches(table, one.index, slot + one.offset, one.nbytes, seed)) return one.index;
+    }
+    return KVS_ALL_GOOD;
+}

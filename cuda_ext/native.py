@@ -1,0 +1,394 @@
+"""Copies chunks between an engine's KV cache and slots, and checks them (the CPU library's typed face).
+
+Rule of this file: everything that could make C touch a wrong byte is checked here, once at
+construction where it can be. Loading happens in `load_library`, never on import. The calls release
+the GIL and keep no state, so one object serves many threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kvstrata.cuda_ext
+from kvstrata.core.digest import DIGEST_BYTES
+from kvstrata.core.errors import KVStrataError
+from kvstrata.core.layout import ChunkLayout, LayerSpec, SubBlock, writer_of
+
+ABI_VERSION = 1  # KVS_ABI_VERSION in kvstrata.h
+LIBRARY_NAME = "_kvstrata_cpu.so"
+_ALL_GOOD = -1
+_BUILD = "build it with `pip install -e .` (needs CMake and a C++17 compiler)"
+
+
+class NativeLibraryError(KVStrataError):
+    """The copy library is missing, or was built from another version of the source."""
+
+
+class ChunkMismatch(KVStrataError):
+    """A slot does not hold what it should; the chunk is a miss and must be dropped."""
+
+
+class HeaderMismatch(ChunkMismatch):
+    """The slot's header is not the one of this layout and key."""
+
+
+class ChecksumMismatch(ChunkMismatch):
+    """The bytes of a sub-block are not those its checksum was made of."""
+
+    def __init__(self, sub_block_index: int) -> None:
+        super().__init__(f"sub-block {sub_block_index} does not match its checksum: the chunk is damaged")
+        self.sub_block_index = sub_block_index
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneView:
+    """Where an engine keeps one (layer, plane). The caller keeps that memory alive and in place.
+
+    The element for (block, head, token in block, dim) lies at `pointer` plus each index times its
+    stride, in bytes. With a `table`, the last two terms are replaced: native int32
+    `table[token * dim + d]` is the offset in elements inside the (block, head) region.
+    """
+
+    pointer: int
+    stride_block: int
+    stride_head: int
+    stride_token: int
+    stride_dim: int
+    table: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRange:
+    """The model's KV heads `first .. first + count - 1` of one layer."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class EngineCache:
+    """What one engine rank holds of the model's KV cache.
+
+    `planes` has an entry for each (part, layer, plane) of the chunk layout, in that order; None where
+    another pipeline stage holds the layer. `heads` has an entry for each (part, layer), None means
+    all heads of all layers. `writes` says for each plane whether this rank gathers it; it scatters
+    all that it holds. None means all (see `tensor_parallel_slice`).
+    """
+
+    block_tokens: int
+    num_blocks: int
+    planes: tuple[PlaneView | None, ...]
+    heads: tuple[HeadRange, ...] | None = None
+    writes: tuple[bool, ...] | None = None
+
+
+def tensor_parallel_slice(
+    layout: ChunkLayout, tp_size: int, rank: int
+) -> tuple[tuple[HeadRange, ...], tuple[bool, ...]]:
+    """`EngineCache.heads` and `.writes` of tensor-parallel `rank`: its heads, and what it alone writes.
+
+    Raises:
+        UnsupportedModel: a rank would hold part of a head.
+    """
+    heads: list[HeadRange] = []
+    writes: list[bool] = []
+    for layer, planes in _sub_blocks_of_layers(layout):
+        count = max(1, layer.kv_heads // tp_size)
+        first = rank * layer.kv_heads // tp_size
+        heads.append(HeadRange(first, count))
+        writes += [writer_of(layout, tp_size, of_heads[first]) == rank for of_heads in planes]
+    return tuple(heads), tuple(writes)
+
+
+class _Plane(ctypes.Structure):
+    """kvs_plane"""
+
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        ("stride_block", ctypes.c_int64),
+        ("stride_head", ctypes.c_int64),
+        ("stride_token", ctypes.c_int64),
+        ("stride_dim", ctypes.c_int64),
+        ("table", ctypes.c_void_p),
+        ("heads", ctypes.c_int32),
+        ("first_head", ctypes.c_int32),
+        ("dim", ctypes.c_int32),
+        ("item_bytes", ctypes.c_int32),
+        ("slot_offset", ctypes.c_int64),
+        ("slot_stride", ctypes.c_int64),
+        ("checksum_index", ctypes.c_int64),
+        ("checksum_stride", ctypes.c_int64),
+    ]
+
+
+class _SubBlock(ctypes.Structure):
+    """kvs_sub_block"""
+
+    _fields_ = [("offset", ctypes.c_int64), ("nbytes", ctypes.c_int64), ("index", ctypes.c_int64)]
+
+
+class Library:
+    """The loaded library, and the calls that need no engine. Made by `load_library`."""
+
+    def __init__(self, native: ctypes.CDLL) -> None:
+        self.native = _declare(native)
+        self._sub_blocks: dict[bytes, ctypes.Array[_SubBlock]] = {}  # by layout digest: few live at once
+
+    def checksum(self, buffer: bytes | bytearray | memoryview, seed: int) -> int:
+        """The 64-bit checksum of a contiguous `buffer`; never 0. A read-only memoryview is copied first."""
+        if not isinstance(buffer, bytes):
+            view = memoryview(buffer)
+            if not view.readonly and view.nbytes:
+                pinned = (ctypes.c_char * view.nbytes).from_buffer(view)
+                return self.checksum_at(ctypes.addressof(pinned), view.nbytes, seed)
+            buffer = bytes(view)
+        return int(self.native.kvs_checksum(buffer, len(buffer), seed))
+
+    def checksum_at(self, address: int, nbytes: int, seed: int) -> int:
+        """The checksum of `nbytes` bytes at `address`."""
+        return int(self.native.kvs_checksum(address, nbytes, seed))
+
+    def verify(self, slot_address: int, layout: ChunkLayout, key: bytes) -> None:
+        """Checks the header and every sub-block of the chunk in a slot of `layout.slot_bytes` bytes.
+
+        Raises:
+            HeaderMismatch: it is another chunk, of another layout, or none.
+            ChecksumMismatch: its bytes are damaged.
+        """
+        compare_header(slot_address, layout, key)
+        sub_blocks = self._sub_blocks.get(layout.digest)
+        if sub_blocks is None:
+            each = [_SubBlock(one.offset, one.nbytes, one.index) for one in layout.sub_blocks]
+            sub_blocks = (_SubBlock * len(each))(*each)
+            self._sub_blocks[layout.digest] = sub_blocks
+        table = layout.checksum_offset
+        bad = self.native.kvs_verify(slot_address, sub_blocks, len(sub_blocks), table, seed_of(key))
+        if bad != _ALL_GOOD:
+            raise ChecksumMismatch(bad)
+
+
+class CopyEngine:
+    """Moves chunks between one engine rank's cache and slots. Needs the cache to stay where it is.
+
+    Raises:
+        ValueError: `cache` does not fit `layout`.
+        NativeLibraryError: no library was passed and none can be loaded.
+    """
+
+    def __init__(self, layout: ChunkLayout, cache: EngineCache, library: Library | None = None) -> None:
+        _check_cache(layout, cache)
+        self.layout = layout
+        self.cache = cache
+        self._native = (library or load_library()).native
+        self._tables: dict[bytes, ctypes.Array[ctypes.c_char]] = {}  # what the planes point into
+        held = list(self._planes())
+        written = [plane for plane, written in held if written]
+        self._held = (_Plane * len(held))(*(plane for plane, _ in held))
+        self._written = (_Plane * len(written))(*written)
+        self._blocks = layout.chunk_tokens // cache.block_tokens
+
+    def gather(self, slot_address: int, block_ids: Sequence[int], key: bytes) -> None:
+        """Copies the chunk in `block_ids` (chunk_tokens / block_tokens, in token order) into the slot.
+
+        Writes the sub-blocks this rank writes, their checksums, and last the header; the slot needs
+        `layout.slot_bytes` bytes and is otherwise left as it is.
+
+        Raises:
+            ValueError: a block id outside the cache, or a wrong number of them.
+        """
+        ids = self._block_ids(block_ids, first_token=0)
+        header = _header(self.layout, key)
+        self._native.kvs_gather(
+            self._written, len(self._written), ids, self.cache.block_tokens, self.layout.chunk_tokens,
+            slot_address, self.layout.checksum_offset, seed_of(key),
+        )  # fmt: skip
+        ctypes.memmove(slot_address, header, len(header))
+
+    def scatter(self, slot_address: int, block_ids: Sequence[int], key: bytes, first_token: int = 0) -> None:
+        """Copies tokens `first_token ..` of the chunk in the slot into `block_ids`.
+
+        Sub-blocks are verified whole before any byte of them is written. Blocks that end at or before
+        `first_token` are neither written nor need a valid id. After a mismatch the others may hold
+        part of the chunk: the engine has to compute them.
+
+        Raises:
+            HeaderMismatch: the slot holds another chunk; nothing was written.
+            ChecksumMismatch: a sub-block is damaged; it and those after it were not written.
+            ValueError: a block id outside the cache, a wrong number of them, or `first_token` outside
+                the chunk.
+        """
+        ids = self._block_ids(block_ids, first_token)
+        compare_header(slot_address, self.layout, key)
+        bad = self._native.kvs_scatter(
+            self._held, len(self._held), ids, self.cache.block_tokens, self.layout.chunk_tokens,
+            slot_address, self.layout.checksum_offset, seed_of(key), first_token,
+        )  # fmt: skip
+        if bad != _ALL_GOOD:
+            raise ChecksumMismatch(bad)
+
+    def _block_ids(self, block_ids: Sequence[int], first_token: int) -> ctypes.Array[ctypes.c_int64]:
+        if len(block_ids) != self._blocks:
+            raise ValueError(f"a chunk is {self._blocks} engine blocks, got {len(block_ids)} block ids")
+        if not 0 <= first_token <= self.layout.chunk_tokens:
+            raise ValueError(f"first_token {first_token} is outside 0 .. {self.layout.chunk_tokens}")
+        for block_id in block_ids[first_token // self.cache.block_tokens :]:
+            if not 0 <= block_id < self.cache.num_blocks:
+                raise ValueError(f"block id {block_id} is outside 0 .. {self.cache.num_blocks - 1}")
+        return (ctypes.c_int64 * self._blocks)(*block_ids)
+
+    def _planes(self) -> Iterator[tuple[_Plane, bool]]:
+        """The planes held here, each with whether this rank gathers it."""
+        cache = self.cache
+        index = 0
+        for layer_index, (layer, planes) in enumerate(_sub_blocks_of_layers(self.layout)):
+            heads = cache.heads[layer_index] if cache.heads else HeadRange(0, layer.kv_heads)
+            for plane, of_heads in enumerate(planes):
+                view = cache.planes[index]
+                if view is not None:
+                    dim = layer.plane_dims[plane]
+                    written = cache.writes is None or cache.writes[index]
+                    yield self._plane(view, heads, dim, layer.item_bytes, of_heads), written
+                index += 1
+
+    def _plane(
+        self, view: PlaneView, heads: HeadRange, dim: int, item_bytes: int, of_heads: Sequence[SubBlock]
+    ) -> _Plane:
+        first, last = of_heads[0], of_heads[-1]
+        steps = max(1, len(of_heads) - 1)
+        return _Plane(
+            base=view.pointer,
+            stride_block=view.stride_block,
+            stride_head=view.stride_head,
+            stride_token=view.stride_token,
+            stride_dim=view.stride_dim,
+            table=self._table_address(view, dim),
+            heads=heads.count,
+            first_head=heads.first,
+            dim=dim,
+            item_bytes=item_bytes,
+            slot_offset=first.offset,
+            slot_stride=(last.offset - first.offset) // steps,
+            checksum_index=first.index,
+            checksum_stride=(last.index - first.index) // steps,
+        )
+
+    def _table_address(self, view: PlaneView, dim: int) -> int | None:
+        """The address of this engine's own copy of `view.table`, one for all planes that share it."""
+        if view.table is None:
+            return None
+        if view.table not in self._tables:
+            entries = memoryview(view.table).cast("i")
+            if min(entries) < 0 or len(set(entries)) != len(entries):
+                raise ValueError("a plane's table has negative or repeated offsets")
+            self._tables[view.table] = ctypes.create_string_buffer(view.table, len(view.table))
+        wanted = self.cache.block_tokens * dim * ctypes.sizeof(ctypes.c_int32)
+        if len(view.table) != wanted:
+            raise ValueError(f"a plane's table has {len(view.table)} bytes, its blocks need {wanted}")
+        return ctypes.addressof(self._tables[view.table])
+
+
+def find_library() -> Path:
+    """Where the copy library lies: in the package, or where an editable install put it.
+
+    Raises:
+        NativeLibraryError: in none of the places; the message says how to build it.
+    """
+    packaged = Path(str(importlib.resources.files("kvstrata") / "cuda_ext" / LIBRARY_NAME))
+    # An editable install spreads a package over the source tree and site-packages; both are on its path.
+    spread = [Path(folder) / LIBRARY_NAME for folder in kvstrata.cuda_ext.__path__]
+    for path in [packaged, *spread]:
+        if path.is_file():
+            return path
+    looked = ", ".join(str(path.parent) for path in spread)
+    raise NativeLibraryError(
+        f"{LIBRARY_NAME} is not in {looked}: install a wheel of kvstrata or, in a checkout, {_BUILD}"
+    )
+
+
+def load_library(path: Path | None = None) -> Library:
+    """Loads the copy library from `path`, or from where `find_library` finds it.
+
+    Raises:
+        NativeLibraryError: it is missing, cannot be loaded, or has another ABI version.
+    """
+    path = path or find_library()
+    try:
+        native = ctypes.CDLL(str(path))
+        found = native.kvs_abi_version()
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryError(f"{path} cannot be loaded ({error}): {_BUILD}") from error
+    if found != ABI_VERSION:
+        raise NativeLibraryError(
+            f"{path} has ABI version {found}, this kvstrata needs {ABI_VERSION}: "
+            f"{_BUILD}, and remove stale copies"
+        )
+    return Library(native)
+
+
+def seed_of(key: bytes) -> int:
+    """The checksum seed of the chunk stored under `key`."""
+    return int.from_bytes(key[:8], "little")
+
+
+def compare_header(slot_address: int, layout: ChunkLayout, key: bytes) -> None:
+    """Raises `HeaderMismatch` unless the slot starts with the header of `layout` and `key`."""
+    header = _header(layout, key)
+    if ctypes.string_at(slot_address, len(header)) != header:
+        raise HeaderMismatch(f"the slot does not hold chunk {key.hex()} in the expected layout")
+
+
+def _header(layout: ChunkLayout, key: bytes) -> bytes:
+    if len(key) != DIGEST_BYTES:
+        raise ValueError(f"a key has {DIGEST_BYTES} bytes, got {len(key)}")
+    return layout.header(key)
+
+
+def _sub_blocks_of_layers(layout: ChunkLayout) -> Iterator[tuple[LayerSpec, list[tuple[SubBlock, ...]]]]:
+    """Each layer in canonical order, with its sub-blocks as `[plane][head]`."""
+    start = 0
+    for part in layout.parts:
+        for layer in part.layers:
+            planes = len(layer.plane_dims)
+            own = layout.sub_blocks[start : start + layer.kv_heads * planes]
+            yield layer, [own[plane::planes] for plane in range(planes)]
+            start += len(own)
+
+
+def _check_cache(layout: ChunkLayout, cache: EngineCache) -> None:
+    """Raises ValueError where `cache` does not describe all that `layout` needs."""
+    layers = [layer for part in layout.parts for layer in part.layers]
+    planes = sum(len(layer.plane_dims) for layer in layers)
+    if cache.block_tokens < 1 or layout.chunk_tokens % cache.block_tokens:
+        raise ValueError(f"{layout.chunk_tokens} tokens a chunk are not whole blocks of {cache.block_tokens}")
+    if len(cache.planes) != planes:
+        raise ValueError(f"the layout has {planes} planes, the engine's cache {len(cache.planes)}")
+    if cache.writes is not None and len(cache.writes) != planes:
+        raise ValueError(f"the layout has {planes} planes, `writes` {len(cache.writes)} entries")
+    if cache.heads is None:
+        return
+    if len(cache.heads) != len(layers):
+        raise ValueError(f"the layout has {len(layers)} layers, `heads` {len(cache.heads)} entries")
+    for layer, heads in zip(layers, cache.heads, strict=True):
+        if heads.first < 0 or heads.count < 1 or heads.first + heads.count > layer.kv_heads:
+            raise ValueError(f"layer {layer.name} has {layer.kv_heads} KV heads, none such as {heads}")
+
+
+def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
+    """Gives the functions of kvstrata.h their types; without them ctypes cuts pointers to 32 bits."""
+    pointer, int64, uint64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
+    planes, ids = ctypes.POINTER(_Plane), ctypes.POINTER(int64)
+    copy: list[Any] = [planes, int64, ids, int64, int64, pointer, int64, uint64]
+    native.kvs_checksum.argtypes = [pointer, int64, uint64]
+    native.kvs_checksum.restype = uint64
+    native.kvs_gather.argtypes = copy
+    native.kvs_gather.restype = None
+    native.kvs_scatter.argtypes = [*copy, int64]
+    native.kvs_scatter.restype = int64
+    native.kvs_verify.argtypes = [pointer, ctypes.POINTER(_SubBlock), int64, int64, uint64]
+    native.kvs_verify.restype = int64
+    return native

@@ -1,0 +1,1 @@
+"""Where bytes are kept below the GPU: one file for each tier."""
