@@ -24,6 +24,7 @@ _HEADER = struct.Struct("<8sHHIII32s32sQ")  # see docs/format.md
 _PART = struct.Struct("<HHIIIQ")
 _LAYER = struct.Struct("<HBBHH")
 _CHECKSUM_BYTES = 8
+_LAYER_SIZE_MAX = 0xFFFF  # heads and dims are 16-bit fields of the layer table
 
 _ITEM_BYTES = {
     "bfloat16": 2,
@@ -64,7 +65,8 @@ class LayerSpec:
         if self.dtype not in _ITEM_BYTES:
             known = ", ".join(_ITEM_BYTES)
             raise UnsupportedModel(f"layer {self.name}: KV dtype {self.dtype!r} is not one of {known}")
-        if self.kv_heads < 1 or not self.plane_dims or min(self.plane_dims) < 1:
+        sizes = (self.kv_heads, *self.plane_dims)
+        if not 1 <= len(self.plane_dims) <= 2 or not all(1 <= size <= _LAYER_SIZE_MAX for size in sizes):
             raise UnsupportedModel(
                 f"layer {self.name}: {self.kv_heads} KV heads with plane sizes {self.plane_dims} "
                 "cannot be laid out"

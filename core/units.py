@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _SIZES = {
@@ -42,6 +43,8 @@ def format_size(nbytes: float) -> str:
 def _parse(text: str | float, units: dict[str, float] | dict[str, int], wanted: str) -> float:
     if isinstance(text, bool) or not isinstance(text, (str, int, float)):
         raise ValueError(f"{text!r} is not {wanted}")
+    if not isinstance(text, str) and 0 <= text < math.inf:
+        return float(text)
     found = _NUMBER.match(str(text))
     if found is None or found[2].lower() not in units:
         raise ValueError(f"{text!r} is not {wanted}")

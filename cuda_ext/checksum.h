@@ -5,6 +5,8 @@
 //     sum  = Σ p_i ^ (p_i >> 32)
 //     h    = mix(sum ^ mix(seed ^ nbytes * KEY_STEP)),  or 1 where that is 0
 //
+// A sub-block's seed is the first 8 bytes of the chunk's key plus the sub-block's index (copy_cpu.cpp).
+//
 // Why this shape:
 // - A sum is commutative: lanes, warps and thread blocks add their shares in any order. The seed
 //   enters once, at the end.

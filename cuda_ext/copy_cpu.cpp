@@ -12,8 +12,8 @@
 #include "transpose.h"
 
 // One binary for every x86-64, at the speed of this one. Needs ifuncs, so glibc; elsewhere (Arm, musl)
-// the baseline is vectorised too.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+// the baseline is vectorised too. -DKVS_CLONES= builds the baseline alone.
+#if !defined(KVS_CLONES) && defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
 #define KVS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
@@ -30,8 +30,6 @@ struct View {
     Byte* data;
     int64_t stride_token;
     int64_t stride_dim;
-
-    View from_token(int64_t token) const { return {data + token * stride_token, stride_token, stride_dim}; }
 };
 using Source = View<const uint8_t>;
 using Target = View<uint8_t>;
@@ -113,18 +111,15 @@ void gather_block(const Head& head, const uint8_t* region, uint8_t* rows, int64_
     copy_view<Item>(to, {region, plane.stride_token, plane.stride_dim}, tokens, plane.dim);
 }
 
-// Writes the tokens from `first` on; `rows` and `region` are those of the block's token 0.
 template <class Item>
-void scatter_block(const Head& head, uint8_t* region, const uint8_t* rows, int64_t first, int64_t tokens) {
+void scatter_block(const Head& head, uint8_t* region, const uint8_t* rows, int64_t tokens) {
     const kvs_plane& plane = head.plane;
-    const int64_t count = tokens - first;
-    const Source from = Source{rows, head.token_bytes(), int64_t{sizeof(Item)}}.from_token(first);
     if (plane.table != nullptr) {
-        table_to_engine<Item>(region, from.data, plane.table + first * plane.dim, count * plane.dim);
+        table_to_engine<Item>(region, rows, plane.table, tokens * plane.dim);
         return;
     }
-    const Target to = Target{region, plane.stride_token, plane.stride_dim}.from_token(first);
-    copy_view<Item>(to, from, count, plane.dim);
+    const Source from = {rows, head.token_bytes(), int64_t{sizeof(Item)}};
+    copy_view<Item>({region, plane.stride_token, plane.stride_dim}, from, tokens, plane.dim);
 }
 
 template <class Item>
@@ -138,12 +133,11 @@ void gather_head(const Head& head, const int64_t* block_ids, int64_t block_token
 
 template <class Item>
 void scatter_head(const Head& head, const int64_t* block_ids, int64_t block_tokens, int64_t blocks,
-                  const uint8_t* rows, int64_t first_token) {
+                  const uint8_t* rows) {
     const int64_t block_bytes = block_tokens * head.token_bytes();
-    for (int64_t b = first_token / block_tokens; b < blocks; ++b) {
-        const int64_t start = b * block_tokens;
-        const int64_t first = first_token > start ? first_token - start : 0;
-        scatter_block<Item>(head, head.region(block_ids[b]), rows + b * block_bytes, first, block_tokens);
+    for (int64_t b = 0; b < blocks; ++b) {
+        if (block_ids[b] == KVS_NO_BLOCK) continue;
+        scatter_block<Item>(head, head.region(block_ids[b]), rows + b * block_bytes, block_tokens);
     }
 }
 
@@ -151,10 +145,15 @@ void write_entry(uint8_t* table, int64_t index, uint64_t checksum) {
     memcpy(table + index * int64_t{sizeof checksum}, &checksum, sizeof checksum);
 }
 
+// The index is part of the seed: two sub-blocks that changed places, entries and all, are found out.
+uint64_t entry_of(int64_t index, const uint8_t* data, int64_t nbytes, uint64_t seed) {
+    return kvs_checksum(data, nbytes, seed + static_cast<uint64_t>(index));
+}
+
 bool entry_matches(const uint8_t* table, int64_t index, const uint8_t* data, int64_t nbytes, uint64_t seed) {
     uint64_t stored;
     memcpy(&stored, table + index * int64_t{sizeof stored}, sizeof stored);
-    return stored == kvs_checksum(data, nbytes, seed);
+    return stored == entry_of(index, data, nbytes, seed);
 }
 
 }  // namespace
@@ -179,15 +178,15 @@ void kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t* block_
                 case 2: gather_head<uint16_t>(head, block_ids, block_tokens, blocks, rows); break;
                 default: gather_head<uint32_t>(head, block_ids, block_tokens, blocks, rows); break;
             }
-            const uint64_t checksum = kvs_checksum(rows, chunk_tokens * head.token_bytes(), seed);
-            write_entry(slot + checksum_table_offset, head.index(), checksum);
+            const uint64_t entry = entry_of(head.index(), rows, chunk_tokens * head.token_bytes(), seed);
+            write_entry(slot + checksum_table_offset, head.index(), entry);
         }
     }
 }
 
 int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids,
                     int64_t block_tokens, int64_t chunk_tokens, const uint8_t* slot,
-                    int64_t checksum_table_offset, uint64_t seed, int64_t first_token) noexcept {
+                    int64_t checksum_table_offset, uint64_t seed) noexcept {
     const int64_t blocks = chunk_tokens / block_tokens;
     const uint8_t* table = slot + checksum_table_offset;
     for (int64_t p = 0; p < n_planes; ++p) {
@@ -197,9 +196,9 @@ int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int64_t* bl
             const int64_t nbytes = chunk_tokens * head.token_bytes();
             if (!entry_matches(table, head.index(), rows, nbytes, seed)) return head.index();
             switch (planes[p].item_bytes) {
-                case 1: scatter_head<uint8_t>(head, block_ids, block_tokens, blocks, rows, first_token); break;
-                case 2: scatter_head<uint16_t>(head, block_ids, block_tokens, blocks, rows, first_token); break;
-                default: scatter_head<uint32_t>(head, block_ids, block_tokens, blocks, rows, first_token); break;
+                case 1: scatter_head<uint8_t>(head, block_ids, block_tokens, blocks, rows); break;
+                case 2: scatter_head<uint16_t>(head, block_ids, block_tokens, blocks, rows); break;
+                default: scatter_head<uint32_t>(head, block_ids, block_tokens, blocks, rows); break;
             }
         }
     }

@@ -9,8 +9,9 @@
 
 #include <stdint.h>
 
-#define KVS_ABI_VERSION 1
+#define KVS_ABI_VERSION 2
 #define KVS_ALL_GOOD (-1)
+#define KVS_NO_BLOCK (-1)
 
 #define KVS_API __attribute__((visibility("default")))
 
@@ -66,14 +67,13 @@ KVS_API void kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t
                         int64_t block_tokens, int64_t chunk_tokens, uint8_t* slot,
                         int64_t checksum_table_offset, uint64_t seed) KVS_NOEXCEPT;
 
-/* The way back. Each sub-block is verified as a whole, then its tokens >= first_token are written to
- * the engine's blocks; a block that ends at or before first_token is not touched and its id not read.
+/* The way back. Each sub-block is verified as a whole, then written to the engine's blocks, except
+ * where the block id is KVS_NO_BLOCK.
  * Returns KVS_ALL_GOOD, or the checksum-table index of the first sub-block that did not match: nothing
  * of it or of later ones was written, earlier ones were. */
 KVS_API int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids,
                             int64_t block_tokens, int64_t chunk_tokens, const uint8_t* slot,
-                            int64_t checksum_table_offset, uint64_t seed,
-                            int64_t first_token) KVS_NOEXCEPT;
+                            int64_t checksum_table_offset, uint64_t seed) KVS_NOEXCEPT;
 
 /* Checks sub-blocks without an engine; returns as kvs_scatter does. */
 KVS_API int64_t kvs_verify(const uint8_t* slot, const kvs_sub_block* sub_blocks, int64_t count,

@@ -19,8 +19,9 @@ from kvstrata.core.digest import DIGEST_BYTES
 from kvstrata.core.errors import KVStrataError
 from kvstrata.core.layout import ChunkLayout, LayerSpec, SubBlock, writer_of
 
-ABI_VERSION = 1  # KVS_ABI_VERSION in kvstrata.h
+ABI_VERSION = 2  # KVS_ABI_VERSION in kvstrata.h
 LIBRARY_NAME = "_kvstrata_cpu.so"
+NO_BLOCK = -1  # KVS_NO_BLOCK: this block takes no part in a scatter
 _ALL_GOOD = -1
 _BUILD = "build it with `pip install -e .` (needs CMake and a C++17 compiler)"
 
@@ -75,9 +76,10 @@ class EngineCache:
     """What one engine rank holds of the model's KV cache.
 
     `planes` has an entry for each (part, layer, plane) of the chunk layout, in that order; None where
-    another pipeline stage holds the layer. `heads` has an entry for each (part, layer), None means
-    all heads of all layers. `writes` says for each plane whether this rank gathers it; it scatters
-    all that it holds. None means all (see `tensor_parallel_slice`).
+    the layer is held elsewhere: by another pipeline stage, or in blocks with other ids, which have a
+    `CopyEngine` of their own. `heads` has an entry for each (part, layer); None means all heads of all
+    layers. `writes` says for each plane whether this rank gathers it (it scatters all that it holds);
+    None means all. `tensor_parallel_slice` makes both.
     """
 
     block_tokens: int
@@ -201,7 +203,7 @@ class CopyEngine:
         Raises:
             ValueError: a block id outside the cache, or a wrong number of them.
         """
-        ids = self._block_ids(block_ids, first_token=0)
+        ids = self._block_ids(block_ids)
         header = _header(self.layout, key)
         self._native.kvs_gather(
             self._written, len(self._written), ids, self.cache.block_tokens, self.layout.chunk_tokens,
@@ -209,35 +211,31 @@ class CopyEngine:
         )  # fmt: skip
         ctypes.memmove(slot_address, header, len(header))
 
-    def scatter(self, slot_address: int, block_ids: Sequence[int], key: bytes, first_token: int = 0) -> None:
-        """Copies tokens `first_token ..` of the chunk in the slot into `block_ids`.
+    def scatter(self, slot_address: int, block_ids: Sequence[int], key: bytes) -> None:
+        """Copies the chunk in the slot into `block_ids`, leaving out those that are `NO_BLOCK`.
 
-        Sub-blocks are verified whole before any byte of them is written. Blocks that end at or before
-        `first_token` are neither written nor need a valid id. After a mismatch the others may hold
-        part of the chunk: the engine has to compute them.
+        Sub-blocks are verified whole before any byte of them is written. After a mismatch the blocks
+        may hold part of the chunk: the engine has to compute them.
 
         Raises:
             HeaderMismatch: the slot holds another chunk; nothing was written.
             ChecksumMismatch: a sub-block is damaged; it and those after it were not written.
-            ValueError: a block id outside the cache, a wrong number of them, or `first_token` outside
-                the chunk.
+            ValueError: a block id outside the cache, or a wrong number of them.
         """
-        ids = self._block_ids(block_ids, first_token)
+        ids = self._block_ids(block_ids, may_skip=True)
         compare_header(slot_address, self.layout, key)
         bad = self._native.kvs_scatter(
             self._held, len(self._held), ids, self.cache.block_tokens, self.layout.chunk_tokens,
-            slot_address, self.layout.checksum_offset, seed_of(key), first_token,
+            slot_address, self.layout.checksum_offset, seed_of(key),
         )  # fmt: skip
         if bad != _ALL_GOOD:
             raise ChecksumMismatch(bad)
 
-    def _block_ids(self, block_ids: Sequence[int], first_token: int) -> ctypes.Array[ctypes.c_int64]:
+    def _block_ids(self, block_ids: Sequence[int], may_skip: bool = False) -> ctypes.Array[ctypes.c_int64]:
         if len(block_ids) != self._blocks:
             raise ValueError(f"a chunk is {self._blocks} engine blocks, got {len(block_ids)} block ids")
-        if not 0 <= first_token <= self.layout.chunk_tokens:
-            raise ValueError(f"first_token {first_token} is outside 0 .. {self.layout.chunk_tokens}")
-        for block_id in block_ids[first_token // self.cache.block_tokens :]:
-            if not 0 <= block_id < self.cache.num_blocks:
+        for block_id in block_ids:
+            if not 0 <= block_id < self.cache.num_blocks and not (may_skip and block_id == NO_BLOCK):
                 raise ValueError(f"block id {block_id} is outside 0 .. {self.cache.num_blocks - 1}")
         return (ctypes.c_int64 * self._blocks)(*block_ids)
 
@@ -281,14 +279,14 @@ class CopyEngine:
         """The address of this engine's own copy of `view.table`, one for all planes that share it."""
         if view.table is None:
             return None
+        wanted = self.cache.block_tokens * dim * ctypes.sizeof(ctypes.c_int32)
+        if len(view.table) != wanted:
+            raise ValueError(f"a plane's table has {len(view.table)} bytes, its blocks need {wanted}")
         if view.table not in self._tables:
             entries = memoryview(view.table).cast("i")
             if min(entries) < 0 or len(set(entries)) != len(entries):
                 raise ValueError("a plane's table has negative or repeated offsets")
             self._tables[view.table] = ctypes.create_string_buffer(view.table, len(view.table))
-        wanted = self.cache.block_tokens * dim * ctypes.sizeof(ctypes.c_int32)
-        if len(view.table) != wanted:
-            raise ValueError(f"a plane's table has {len(view.table)} bytes, its blocks need {wanted}")
         return ctypes.addressof(self._tables[view.table])
 
 
@@ -387,7 +385,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.kvs_checksum.restype = uint64
     native.kvs_gather.argtypes = copy
     native.kvs_gather.restype = None
-    native.kvs_scatter.argtypes = [*copy, int64]
+    native.kvs_scatter.argtypes = copy
     native.kvs_scatter.restype = int64
     native.kvs_verify.argtypes = [pointer, ctypes.POINTER(_SubBlock), int64, int64, uint64]
     native.kvs_verify.restype = int64

@@ -41,6 +41,8 @@ log = logging.getLogger("kvstrata.vllm")
 class KVStrataConnector(KVConnectorBase_V1):
     """One object in the engine core (SCHEDULER) and one in each worker (WORKER)."""
 
+    worker_side: type[WorkerSide] = WorkerSide
+
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
@@ -59,7 +61,7 @@ class KVStrataConnector(KVConnectorBase_V1):
                 node, identity, layout.chunk_tokens, block_tokens, 1, config.client
             )
         else:
-            self._worker = WorkerSide(client, 0, layout, block_tokens, config)
+            self._worker = self.worker_side(client, 0, layout, block_tokens, config)
 
     @property
     def requires_kv_delivery(self) -> bool:

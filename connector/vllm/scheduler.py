@@ -221,36 +221,44 @@ class SchedulerSide:
         idle = not output.total_num_scheduled_tokens
         self._follow(self._client.session.epoch if self._client.session else None)
         self._collect(self._wait_budget_s if idle and (self._update or self._lookups) else 0.0)
-        taken = self._note_scheduled(output)
-        flush = self._flush_overwritten(taken)
+        flush = self._flush_overwritten(self._taken_blocks(output))
+        self._note_scheduled(output)
         work = StepWork(self._new_loads, self._saves.dispatch(), flush, idle)
         self._new_loads = []
         self._send_update()
         return work
 
-    def _note_scheduled(self, output: SchedulerOutput) -> list[int]:
-        """Follow every scheduled request's blocks and tokens; return blocks that this step may overwrite."""
-        scheduled = output.num_scheduled_tokens
+    def _taken_blocks(self, output: SchedulerOutput) -> list[int]:
+        """Blocks that this step, or a load begun in it, may overwrite."""
         taken: list[int] = []
         for new in output.scheduled_new_reqs:
-            (blocks,) = new.block_ids
-            taken += blocks[new.num_computed_tokens // self._block_tokens :]
-            if tracked := self._tracked.get(new.req_id):
-                tracked.blocks = list(blocks)
-                self._save_complete(tracked, new.num_computed_tokens + scheduled[new.req_id])
+            taken += new.block_ids[0][new.num_computed_tokens // self._block_tokens :]
         cached = output.scheduled_cached_reqs
-        for req_id, new_ids, computed in zip(
+        for req_id, ids, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            added = list(new_ids[0]) if new_ids is not None else []
-            resumed = req_id in cached.resumed_req_ids
-            taken += added[computed // self._block_tokens :] if resumed else added
-            if tracked := self._tracked.get(req_id):
-                tracked.blocks = added if resumed else tracked.blocks + added
-                self._save_complete(tracked, computed + scheduled[req_id])
+            if ids is not None:
+                resumed = req_id in cached.resumed_req_ids
+                taken += ids[0][computed // self._block_tokens :] if resumed else ids[0]
         for _, load in self._new_loads:
             taken += [block for chunk in load.chunks for block in chunk.blocks if block >= 0]
         return taken
+
+    def _note_scheduled(self, output: SchedulerOutput) -> None:
+        """Follow every scheduled request's blocks and tokens; want saves for what this step completes."""
+        scheduled = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            if tracked := self._tracked.get(new.req_id):
+                tracked.blocks = list(new.block_ids[0])
+                self._save_complete(tracked, new.num_computed_tokens + scheduled[new.req_id])
+        cached = output.scheduled_cached_reqs
+        for req_id, ids, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if tracked := self._tracked.get(req_id):
+                added = list(ids[0]) if ids is not None else []
+                tracked.blocks = added if req_id in cached.resumed_req_ids else tracked.blocks + added
+                self._save_complete(tracked, computed + scheduled[req_id])
 
     def _save_complete(self, tracked: Tracked, computed: int) -> None:
         """Want a save for every chunk that is complete once `computed` tokens are.

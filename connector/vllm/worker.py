@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvstrata.connector.transfer import LoadJob, Report, Transfer
+from kvstrata.connector.transfer import Copier, LoadJob, Report, Transfer
 from kvstrata.connector.vllm.layout import engine_cache
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
 from kvstrata.connector.vllm.stats import Stats
@@ -50,10 +50,14 @@ class WorkerSide:
         Raises:
             UnsupportedModel: it is not laid out as it should be.
         """
-        copier = CopyEngine(self._layout, engine_cache(self._layout, caches, layers, self._block_tokens))
+        copier = self.make_copier(caches, layers)
         self._transfer = Transfer(
             copier, self._segments, self._layout.slot_bytes, self._config.client.copy_threads
         )
+
+    def make_copier(self, caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> Copier:
+        """What moves single chunks between the engine's cache and slots."""
+        return CopyEngine(self._layout, engine_cache(self._layout, caches, layers, self._block_tokens))
 
     def before_step(self, work: StepWork) -> None:
         """Start saves; wait for those whose blocks this step overwrites."""

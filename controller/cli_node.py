@@ -1,0 +1,212 @@
+"""What the command line has to do with a node store: run it, end it, ask it.
+
+An answer that does not come within seconds counts as no node store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvstrata.controller.client.config_file import read_yaml
+from kvstrata.controller.paths import RuntimePaths, runtime_paths
+from kvstrata.core.config import Config, as_tree, build_config
+from kvstrata.core.errors import KVStrataError, NodeUnavailable
+from kvstrata.core.units import format_size
+from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
+from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
+
+_ANSWER_S = 5.0
+_END_S = 15.0
+_LOOK_EVERY_S = 0.05
+
+
+class StillInUse(KVStrataError):
+    """Engines are connected to the node store that should end."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """`kvstrata node`, `check` or `stats`."""
+    config = load_config(options.config, options.runtime_dir)
+    paths = runtime_paths(config.node, create=False)
+    if options.command == "check":
+        return _check(paths, options.json)
+    if options.command == "stats" or options.status:
+        _print_stats(paths, stats(paths), options.json)
+        return 0
+    if options.stop:
+        stop(paths, options.force)
+        _print(options.json, {"ended": True}, f"the node store in {paths.folder} has ended")
+        return 0
+    return _serve(config, paths)
+
+
+def load_config(file: Path | None, runtime_dir: str | None) -> Config:
+    """The configuration of `file`, or else of `KVSTRATA_CONFIG`; `runtime_dir` goes before what it says.
+
+    Raises:
+        ConfigError: the file cannot be read, or says something that is not allowed.
+    """
+    if file is None and (name := os.environ.get("KVSTRATA_CONFIG")):
+        file = Path(name)
+    config = build_config((str(file), read_yaml(file))) if file is not None else Config()
+    if runtime_dir is None:
+        return config
+    return dataclasses.replace(config, node=dataclasses.replace(config.node, runtime_dir=runtime_dir))
+
+
+# ------------------------------------------------------------------------------------------- asking
+
+
+@contextmanager
+def _stub(paths: RuntimePaths) -> Iterator[node_pb2_grpc.NodeStoreStub]:
+    """The node store's calls. Raises NodeUnavailable if there is none, or one of them fails."""
+    if not paths.control.exists():
+        raise NodeUnavailable(_nobody(paths))
+    with grpc.insecure_channel(f"unix:{paths.control}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            yield node_pb2_grpc.NodeStoreStub(channel)
+        except grpc.RpcError as error:
+            if not isinstance(error, grpc.Call):
+                raise
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise NodeUnavailable(_nobody(paths)) from error
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise NodeUnavailable(
+                    f"the node store in {paths.folder} did not answer within {_ANSWER_S:.0f} s: "
+                    f"its log, if an engine started it, is {paths.log}"
+                ) from error
+            raise NodeUnavailable(f"the node store in {paths.folder} refused: {error.details()}") from error
+
+
+def _nobody(paths: RuntimePaths) -> str:
+    return (
+        f"no node store runs in {paths.folder}: start one with `kvstrata node`, "
+        "or say with --runtime-dir where it is"
+    )
+
+
+def stats(paths: RuntimePaths) -> dict[str, Any]:
+    """Sizes and counters of the running node store. Raises NodeUnavailable."""
+    with _stub(paths) as stub:
+        tree: dict[str, Any] = json.loads(stub.Stats(pb.StatsRequest(), timeout=_ANSWER_S).json)
+    return tree
+
+
+def problems(paths: RuntimePaths) -> list[str]:
+    """Contradictions in the books of the running node store. Raises NodeUnavailable."""
+    with _stub(paths) as stub:
+        return list(stub.Check(pb.CheckRequest(), timeout=_ANSWER_S).problems)
+
+
+def stop(paths: RuntimePaths, force: bool) -> None:
+    """Ask the running node store to end, and wait until it has.
+
+    Raises:
+        StillInUse: engines are connected, and `force` is not set.
+        NodeUnavailable: there is none, or it does not end.
+    """
+    with _stub(paths) as stub:
+        ending = stub.Shutdown(pb.ShutdownRequest(force=force), timeout=_ANSWER_S).ending
+    if not ending:
+        raise StillInUse(
+            f"engines are connected to the node store in {paths.folder}: end them first, "
+            "or say --force (they go on without it, every lookup a miss)"
+        )
+    deadline = time.monotonic() + _END_S
+    while _locked(paths.lock):
+        if time.monotonic() > deadline:
+            raise NodeUnavailable(
+                f"the node store {paths.lock.read_text().strip()} in {paths.folder} has not ended "
+                f"after {_END_S:.0f} s: end that process"
+            )
+        threading.Event().wait(_LOOK_EVERY_S)
+
+
+def _locked(lock: Path) -> bool:
+    """Whether a node store lives: it holds its lock until its process ends."""
+    try:
+        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+# --------------------------------------------------------------------------------------- answering
+
+
+def _check(paths: RuntimePaths, as_json: bool) -> int:
+    found = problems(paths)
+    text = "\n".join(found) if found else f"the books of the node store in {paths.folder} are right"
+    _print(as_json, {"problems": found}, text)
+    return 1 if found else 0
+
+
+def _print_stats(paths: RuntimePaths, tree: dict[str, Any], as_json: bool) -> None:
+    _print(as_json, {"folder": str(paths.folder), **tree}, _stats_text(paths, tree))
+
+
+def _stats_text(paths: RuntimePaths, tree: dict[str, Any]) -> str:
+    pool, clients = tree["pool"], tree["clients"]
+    rows = {
+        "pool": f"{format_size(pool['made_bytes'])} made of {format_size(pool['configured_bytes'])}, "
+        f"{pool['slots'] - pool['slots_free']} of {pool['slots']} slots in use",
+        "chunks": _counts(tree["chunks"]),
+        "engines": str(len(clients)),
+        "counters": _counts(tree["counters"]) or "none yet",
+    }
+    lines = [f"node store {tree['pid']} in {paths.folder}"]
+    lines += [f"  {name:10}{text}" for name, text in rows.items()]
+    for client in clients:
+        claims = _counts({name: client[name] for name in ("leases", "jobs", "overdue_slots")})
+        lines.append(f"    {client['id']}: {claims}{', stopped' if client['stopped'] else ''}")
+    return "\n".join(lines)
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(numbers.items()))
+
+
+def _print(as_json: bool, tree: dict[str, Any], text: str) -> None:
+    print(json.dumps(tree, indent=1) if as_json else text)
+
+
+# ----------------------------------------------------------------------------------------- serving
+
+
+def _serve(config: Config, paths: RuntimePaths) -> int:
+    """Become a node store; its log goes to this terminal. Returns only if one runs already."""
+    try:
+        running = stats(paths)
+    except NodeUnavailable:
+        running = None
+    if running is not None:
+        print(
+            f"kvstrata node: node store {running['pid']} runs in {paths.folder} already: "
+            "end it with `kvstrata node --stop`",
+            file=sys.stderr,
+        )
+        return 1
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe:  # a configuration is far smaller than a pipe's buffer
+        pipe.write(json.dumps(as_tree(config)) + "\n")
+    os.dup2(reader, 0)
+    os.execv(sys.executable, [sys.executable, "-m", "kvstrata.controller.node"])

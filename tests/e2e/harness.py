@@ -1,0 +1,221 @@
+"""Engine processes, node stores and prompts for the end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvstrata.controller.paths import RuntimePaths
+from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
+from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
+
+CHUNK = 256
+VOCABULARY = 1000
+_SCRIPT = Path(__file__).with_name("engine_process.py")
+
+
+class EngineError(RuntimeError):
+    """The engine said no; the text is what it said."""
+
+
+class EngineProcess:
+    """A real engine in a process of its own."""
+
+    def __init__(
+        self, log: Path, options: dict[str, Any], env: dict[str, str] | None = None, core: int | None = None
+    ):
+        self.log = log
+        self._out = log.open("ab")
+        command = [sys.executable, str(_SCRIPT), json.dumps(options)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._out, text=True,
+            env=os.environ | (env or {}),
+        )  # fmt: skip
+        if core is not None:
+            os.sched_setaffinity(self.process.pid, {core})
+
+    def ready(self) -> EngineProcess:
+        """Wait until it can be asked. Raises EngineError if it did not start."""
+        self._answer()
+        return self
+
+    def send(self, do: str, **arguments: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self.process.stdin.flush()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise EngineError(f"the engine died: {self.tail()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer["ok"]
+
+    def do(self, name: str, **arguments: Any) -> Any:
+        """Run a command of `engine_process.Engine` and return its result."""
+        self.send(name, **arguments)
+        return self._answer()
+
+    receive = _answer
+
+    def ask(self, *prompts: Any, **arguments: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = self.do("ask", prompts=list(prompts), **arguments)
+        return answers
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Shut down in order; kill what does not."""
+        if self.process.poll() is None:
+            try:
+                self.do("shutdown")
+                self.process.wait(30)
+            except (EngineError, OSError, subprocess.TimeoutExpired):
+                self.kill()
+        self._out.close()
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+
+class Host:
+    """One host's worth of processes: any number of engines and the node store they start."""
+
+    def __init__(self, runtime_dir: Path, model: Path, logs: Path) -> None:
+        self.paths = RuntimePaths(runtime_dir)
+        self._model, self._logs = model, logs
+        self._engines: list[EngineProcess] = []
+
+    def connector(self, extra: dict[str, Any] | None = None, **transfer: Any) -> dict[str, Any]:
+        """A complete `--kv-transfer-config` for this host."""
+        tree: dict[str, Any] = {"host": {"size": "128MiB"}, "node": {"idle_exit": "120s"}}
+        for section, values in (extra or {}).items():
+            tree[section] = tree.get(section, {}) | values
+        tree["node"]["runtime_dir"] = str(self.paths.folder)
+        return {
+            "kv_connector": "KVStrataConnector",
+            "kv_connector_module_path": "kvstrata.connector.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": tree,
+        } | transfer
+
+    def start(
+        self, plain: bool = False, extra: dict[str, Any] | None = None, **options: Any
+    ) -> EngineProcess:
+        """An engine that is still starting; `plain` without the plug-in."""
+        transfer = options.pop("transfer", {})
+        process_options = {name: options.pop(name) for name in ("env", "core") if name in options}
+        if not plain:
+            options["kv_transfer_config"] = self.connector(extra, **transfer)
+        options.setdefault("model", str(self._model))
+        engine = EngineProcess(self._logs / f"engine-{len(self._engines)}.log", options, **process_options)
+        self._engines.append(engine)
+        return engine
+
+    @contextmanager
+    def engine(self, **options: Any) -> Iterator[EngineProcess]:
+        """An engine that is connected (unless plain), closed at the end."""
+        engine = self.start(**options).ready()
+        if not options.get("plain"):
+            self.wait_connected(engine)
+        yield engine
+        engine.close()
+
+    def wait_connected(self, engine: EngineProcess) -> None:
+        """Until the engine can save: connected, and its worker has mapped a segment of the pool."""
+        wait_for(lambda: engine.do("connected"), 20, "the engine to connect to its node store")
+        name = engine.do("client_name")
+
+        def mapped() -> bool:
+            return any(c["id"] == name and c["usable_segments"] for c in self.stats()["clients"])
+
+        wait_for(mapped, 20, "the worker to map the pool")
+
+    # --- the node store ----------------------------------------------------------------------
+
+    @property
+    def node_pid(self) -> int:
+        return int(self.paths.lock.read_text())
+
+    def stats(self) -> dict[str, Any]:
+        with self._stub() as stub:
+            stats: dict[str, Any] = json.loads(stub.Stats(pb.StatsRequest(), timeout=5).json)
+            return stats
+
+    def problems(self) -> list[str]:
+        """What `kvstrata check` would print."""
+        with self._stub() as stub:
+            return list(stub.Check(pb.CheckRequest(), timeout=5).problems)
+
+    @contextmanager
+    def _stub(self) -> Iterator[node_pb2_grpc.NodeStoreStub]:
+        with grpc.insecure_channel(f"unix:{self.paths.control}") as channel:
+            yield node_pb2_grpc.NodeStoreStub(channel)
+
+    def quiet(self) -> dict[str, Any]:
+        """Wait until no lease, job or quarantined slot is left; return the statistics."""
+
+        def settled() -> bool:
+            stats = self.stats()
+            held = sum(c["leases"] + c["jobs"] for c in stats["clients"])
+            return held == 0 and not any(stats["chunks"][s] for s in ("reserved", "evicting", "quarantined"))
+
+        wait_for(settled, 10, "the node store's books to close")
+        assert self.problems() == []
+        return self.stats()
+
+    def close(self) -> None:
+        for engine in self._engines:
+            if engine.process.poll() is None:
+                engine.kill()
+        if self.paths.lock.exists() and (text := self.paths.lock.read_text().strip()):
+            end_process(int(text))
+
+
+def end_process(pid: int) -> None:
+    """Terminate a node store by its pid, and see it go."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+        for _ in range(100):
+            if not Path(f"/proc/{pid}").exists():
+                return
+            time.sleep(0.05)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
+    """Poll until `condition` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    """A random prompt; different seeds share no chunk."""
+    dice = random.Random(seed)
+    return [dice.randrange(3, VOCABULARY) for _ in range(count)]
+
+
+def same(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> bool:
+    """Tokens and log-probabilities are equal to the last bit."""
+    return [(a["tokens"], a["logprobs"]) for a in left] == [(a["tokens"], a["logprobs"]) for a in right]

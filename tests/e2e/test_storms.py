@@ -1,0 +1,67 @@
+"""Storms of aborts and preemptions: right answers, and every block, slot and book back where it was."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.e2e.harness import CHUNK, Host, tokens
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PREFIXES = [tokens(31 + i, 3 * CHUNK) for i in range(3)]
+
+
+def prompts(seed: int, count: int) -> list[list[int]]:
+    """Prompts that share prefixes, so that loads, saves and GPU hits mix."""
+    dice = random.Random(seed)
+    return [
+        dice.choice(PREFIXES)[: dice.randrange(CHUNK, 3 * CHUNK + 1)] + tokens(dice.randrange(12), 20)
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "aborts"),
+    [(512, 0.3), (64, 0.0), (64, 0.2)],
+    ids=["aborts", "preemptions", "both"],
+)
+def test_a_storm_leaves_nothing_behind_and_nothing_wrong(host: Host, blocks: int, aborts: float) -> None:
+    block_bytes = 32 * _kv_bytes_per_token()
+    shape: dict[str, Any] = {"kv_cache_memory_bytes": blocks * block_bytes, "max_model_len": 1024}
+    with host.engine(plain=True, **shape) as plain:
+        right = {}
+        for seed in range(4):
+            for number, prompt in enumerate(prompts(seed, 12)):
+                right[seed, number] = plain.ask(prompt, max_tokens=8)[0]["tokens"]
+    with host.engine(extra={"host": {"size": "24MiB"}}, **shape) as engine:
+        assert engine.do("reset_gpu_cache")
+        free = engine.do("free_blocks")
+        aborted = finished = 0
+        for seed in range(4):
+            result = engine.do("storm", prompts=prompts(seed, 12), seed=seed, aborts=aborts)
+            aborted += result["aborted"]
+            for number, answer in result["finished"].items():
+                finished += 1
+                assert answer == right[seed, int(number)]
+        engine.do("settle")
+        counters = engine.do("counters")
+        preemptions = engine.do("preemptions")
+
+        assert finished > 0
+        assert aborted > 0 or not aborts
+        assert preemptions > 0 or blocks > 64
+        assert counters["loaded_tokens"] > 0
+        assert counters["failed_loads"] == 0
+        assert set(engine.do("books").values()) == {0}
+        assert engine.do("reset_gpu_cache")
+        assert engine.do("free_blocks") == free
+        stats = host.quiet()
+        assert stats["counters"]["hit_chunks"] > 0
+
+
+def _kv_bytes_per_token() -> int:
+    layers, heads, head_dim, item = 4, 2, 64, 4
+    return layers * heads * head_dim * 2 * item
