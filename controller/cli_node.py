@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -133,6 +134,15 @@ def stop(paths: RuntimePaths, force: bool) -> None:
                 f"after {_END_S:.0f} s: end that process"
             )
         threading.Event().wait(_LOOK_EVERY_S)
+
+
+def end_node_store(paths: RuntimePaths) -> None:
+    """Whatever it takes: when this returns, no node store of `paths` is left. Engines go on without it."""
+    try:
+        stop(paths, force=True)
+    except NodeUnavailable:
+        if _locked(paths.lock) and (pid := paths.lock.read_text().strip()):  # alive but deaf
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def _locked(lock: Path) -> bool:

@@ -126,9 +126,9 @@ _MONTHS = ("March", "April", "May", "June", "August", "September", "October")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One variant of the notes. `title` names it in messages."""
+    """One variant of the notes."""
 
-    title: str
+    number: int
     text: str
 
     def prompt(self, question: str) -> str:
@@ -163,4 +163,4 @@ def _document(number: int, choose: random.Random) -> Document:
         month=choose.choice(_MONTHS),
         holes=choose.randrange(10, 39),
     )
-    return Document(f"{town}, variant {number}", text)
+    return Document(number, text)

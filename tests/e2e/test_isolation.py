@@ -43,8 +43,10 @@ def test_a_salt_hits_only_itself(host: Host) -> None:
 
 
 def test_another_model_never_hits(host: Host, tiny_model: Path, tmp_path: Path) -> None:
-    with host.engine() as engine:
-        engine.ask(PROMPT)
+    # Other KV dtypes have other slot sizes: room for segments of both.
+    pool = {"host": {"size": "128MiB", "segment_size": "32MiB"}}
+    with host.engine(extra=pool) as engine:
+        (original,) = engine.ask(PROMPT)
         engine.do("settle")
 
     retrained = tmp_path / "retrained"
@@ -56,20 +58,25 @@ def test_another_model_never_hits(host: Host, tiny_model: Path, tmp_path: Path) 
     stretched = tmp_path / "stretched"
     shutil.copytree(tiny_model, stretched)
     config = json.loads((stretched / "config.json").read_text())
-    (stretched / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
+    rope = {"rope_theta": 20000.0, "rope_type": "default"}
+    (stretched / "config.json").write_text(json.dumps(config | rope | {"rope_parameters": rope}))
     renamed = tmp_path / "renamed"
     shutil.copytree(tiny_model, renamed)
 
-    hits = {}
+    hits, answers = {}, {}
     for name, options in {
         "other weights": {"model": str(retrained)},
         "other RoPE": {"model": str(stretched)},
         "other KV dtype": {"dtype": "bfloat16"},
         "same model elsewhere": {"model": str(renamed)},
     }.items():
-        with host.engine(**options) as engine:
-            hits[name] = engine.ask(PROMPT)[0]["cached"]
+        with host.engine(extra=pool, **options) as engine:
+            (answers[name],) = engine.ask(PROMPT)
+            hits[name] = answers[name]["cached"]
 
+    assert answers["other weights"]["tokens"] != original["tokens"]
+    assert answers["other RoPE"]["tokens"] != original["tokens"]
+    assert answers["same model elsewhere"]["tokens"] == original["tokens"]
     assert hits == {
         "other weights": 0,
         "other RoPE": 0,
