@@ -42,9 +42,9 @@ def _fail(command: str, error: KVStrataError, status: int) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "demo":
-        from kvstrata.controller.demo import command as demo
+        from kvstrata.controller.demo.command import demo
 
-        return demo.run(options)
+        return demo(options)
     if options.command == "results":
         from kvstrata.controller import cli_results
 

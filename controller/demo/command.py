@@ -28,7 +28,7 @@ class CannotRun(KVStrataError):
     """Something that the demo needs is not there."""
 
 
-def run(options: argparse.Namespace) -> int:
+def demo(options: argparse.Namespace) -> int:
     """Exit status 1 if an answer was wrong, or a prompt that should have been loaded was not."""
     if importlib.util.find_spec("vllm") is None:
         raise CannotRun(

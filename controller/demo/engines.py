@@ -128,7 +128,7 @@ class Fleet:
             connector: PLAIN, KVSTRATA or ZEROED_LOADS.
             seat: 0 or 1: engines on different seats share no core.
         """
-        port = self._free_port()
+        port = self._port()
         log = self._folder / f"{name.replace(' ', '-')}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -217,14 +217,19 @@ class Fleet:
             }
         return environment
 
-    def _free_port(self) -> int:
+    def _port(self) -> int:
         if self._next_port is not None:
             self._next_port += 1
             return self._next_port - 1
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port: int = probe.getsockname()[1]
-        return port
+        return free_port()
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _seats() -> tuple[list[int], list[int]]:

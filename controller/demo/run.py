@@ -23,7 +23,7 @@ from kvstrata.controller.demo.document import QUESTIONS, Document, documents
 from kvstrata.controller.demo.engines import KVSTRATA, PLAIN, ZEROED_LOADS, Engine, Fleet
 from kvstrata.controller.demo.progress import Progress
 
-STAGES = 8
+STAGES = 9
 _ANSWER_TOKENS = 24
 
 

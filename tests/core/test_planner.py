@@ -120,6 +120,7 @@ def test_a_leased_chunk_is_not_evicted(store: Store, engine: Engine) -> None:
     grants = engine.reserve(*range(11, 19))
     assert not set(leased) & set(grants)
     assert grants.count(Why.FULL) == 3
+    assert engine.match(1, 2, 3) == leased
 
 
 def test_a_dropped_chunk_keeps_its_slot_for_its_readers(store: Store, engine: Engine) -> None:

@@ -83,8 +83,8 @@ def overlap(one: Slot, other: Slot) -> bool:
 
 
 class PlannerMachine(RuleBasedStateMachine):
-    @initialize(segments=st.integers(2, 4), rest=st.integers(0, 3))
-    def begin(self, segments: int, rest: int) -> None:
+    @initialize(segments=st.integers(2, 4), rest=st.integers(0, 3), well=st.booleans())
+    def begin(self, segments: int, rest: int, well: bool) -> None:
         limits = Limits(segments * 4 * SLOT + rest * SLOT, 4 * SLOT, claim_deadline_s=DEADLINE)
         self.planner = Planner(limits)
         self.now = 0.0
@@ -94,7 +94,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.segments: dict[int, int] = {}
         self.numbers = 0
         self.old: list[Match | Update] = []
-        self.everybody_is_well()
+        if well:
+            self.everybody_is_well()
 
     def step(self, event: Event) -> list[Action]:
         actions = self.planner.step(event, self.now)

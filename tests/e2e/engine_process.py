@@ -42,6 +42,17 @@ class Engine:
         self.llm = LLM(**settings)
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
+        self.preempted = 0
+        self._count_preemptions(self.core.scheduler)
+
+    def _count_preemptions(self, scheduler: Any) -> None:
+        preempt = scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> None:
+            self.preempted += 1
+            preempt(*args, **kwargs)
+
+        scheduler._preempt_request = counted
 
     def ask(
         self, prompts: list[Any], max_tokens: int = 16, logprobs: int = 5, **sampling: Any
@@ -106,7 +117,7 @@ class Engine:
         return self.core.scheduler.connector._scheduler._client.session is not None
 
     def storm(self, prompts: list[Any], seed: int, aborts: float, max_tokens: int = 8) -> dict[str, Any]:
-        """Many requests at once, some aborted at random moments. Returns the answers of those that finished."""
+        """Many requests at once, some aborted at random. Returns the answers of those that finished."""
         from vllm import SamplingParams
 
         dice = random.Random(seed)
@@ -133,7 +144,7 @@ class Engine:
         return {"finished": finished, "aborted": aborted}
 
     def preemptions(self) -> int:
-        return sum(int(m.value) for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")  # type: ignore[attr-defined]
+        return self.preempted
 
     def shutdown(self) -> None:
         self.settle()

@@ -144,7 +144,11 @@ class Host:
         name = engine.do("client_name")
 
         def mapped() -> bool:
-            return any(c["id"] == name and c["usable_segments"] for c in self.stats()["clients"])
+            try:
+                clients = self.stats()["clients"]
+            except grpc.RpcError:  # one store is gone, the next one not yet there
+                return False
+            return any(c["id"] == name and c["usable_segments"] for c in clients)
 
         wait_for(mapped, 20, "the worker to map the pool")
 

@@ -24,24 +24,28 @@ def prompts(seed: int, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "aborts"),
-    [(512, 0.3), (64, 0.0), (64, 0.2)],
+    ("blocks", "aborts", "max_tokens"),
+    [(512, 0.3, 8), (40, 0.0, 160), (40, 0.03, 160)],
     ids=["aborts", "preemptions", "both"],
 )
-def test_a_storm_leaves_nothing_behind_and_nothing_wrong(host: Host, blocks: int, aborts: float) -> None:
-    block_bytes = 32 * _kv_bytes_per_token()
-    shape: dict[str, Any] = {"kv_cache_memory_bytes": blocks * block_bytes, "max_model_len": 1024}
+def test_a_storm_leaves_nothing_behind_and_nothing_wrong(
+    host: Host, blocks: int, aborts: float, max_tokens: int
+) -> None:
+    shape: dict[str, Any] = {"num_gpu_blocks_override": blocks, "max_model_len": 1024}
     with host.engine(plain=True, **shape) as plain:
         right = {}
         for seed in range(4):
             for number, prompt in enumerate(prompts(seed, 12)):
-                right[seed, number] = plain.ask(prompt, max_tokens=8)[0]["tokens"]
+                right[seed, number] = plain.ask(prompt, max_tokens=max_tokens)[0]["tokens"]
     with host.engine(extra={"host": {"size": "24MiB"}}, **shape) as engine:
         assert engine.do("reset_gpu_cache")
         free = engine.do("free_blocks")
         aborted = finished = 0
         for seed in range(4):
-            result = engine.do("storm", prompts=prompts(seed, 12), seed=seed, aborts=aborts)
+            assert engine.do("reset_gpu_cache")  # or a large GPU cache would answer everything
+            result = engine.do(
+                "storm", prompts=prompts(seed, 12), seed=seed, aborts=aborts, max_tokens=max_tokens
+            )
             aborted += result["aborted"]
             for number, answer in result["finished"].items():
                 finished += 1
@@ -52,7 +56,7 @@ def test_a_storm_leaves_nothing_behind_and_nothing_wrong(host: Host, blocks: int
 
         assert finished > 0
         assert aborted > 0 or not aborts
-        assert preemptions > 0 or blocks > 64
+        assert preemptions > 0 or blocks > 40
         assert counters["loaded_tokens"] > 0
         assert counters["failed_loads"] == 0
         assert set(engine.do("books").values()) == {0}
@@ -60,8 +64,3 @@ def test_a_storm_leaves_nothing_behind_and_nothing_wrong(host: Host, blocks: int
         assert engine.do("free_blocks") == free
         stats = host.quiet()
         assert stats["counters"]["hit_chunks"] > 0
-
-
-def _kv_bytes_per_token() -> int:
-    layers, heads, head_dim, item = 4, 2, 64, 4
-    return layers * heads * head_dim * 2 * item

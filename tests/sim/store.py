@@ -1,0 +1,121 @@
+"""The node store process: the real planner, fed and obeyed as `controller/node` does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvstrata.core.audit import audit
+from kvstrata.core.events import (
+    Action,
+    ClientGone,
+    ClientOpened,
+    ClientStopped,
+    Event,
+    GrowPool,
+    GrowthFailed,
+    SegmentAdded,
+    SegmentRegistered,
+    Tick,
+    Update,
+)
+from kvstrata.core.planner import Planner
+from tests.sim.clock import Process
+from tests.sim.memory import Memory
+
+if TYPE_CHECKING:
+    from tests.sim.engine import SimEngine
+    from tests.sim.world import World
+
+TICK_S = 1.0
+
+
+class SimStore(Process):
+    """One life of the node store. `engines`: those whose scheduler side is connected."""
+
+    def __init__(self, world: World, planner: Planner, epoch: bytes) -> None:
+        super().__init__(world.clock)
+        self.world, self.planner, self.epoch = world, planner, epoch
+        self.memory = Memory(world.wrong)
+        self.engines: dict[str, SimEngine] = {}
+        self.opened: set[str] = set()
+        self._sent: set[tuple[str, int, int]] = set()  # engine, rank, segment
+        self._tick()
+
+    def apply(self, event: Event) -> list[Action]:
+        """Feed one event; make segments; note everything; the audit must find nothing."""
+        self._note_late_commits(event)
+        actions = self.planner.step(event, self.clock.now)
+        self.world.trace.append((self.clock.now, self.epoch, event, actions))
+        for problem in audit(self.planner):
+            self.world.wrong.append(f"audit: {problem}")
+        answers = []
+        for action in actions:
+            self.world.note(event, action)
+            if isinstance(action, GrowPool):
+                self.later(self.clock.random.uniform(0.01, 0.3), self._made(action))
+            else:
+                answers.append(action)
+        return answers
+
+    def _made(self, action: GrowPool) -> Callable[[], None]:
+        def made() -> None:
+            if self.world.network.faulty and self.clock.random.random() < 0.01:
+                self.apply(GrowthFailed())
+                return
+            segment = len(self.planner.slots.segments)
+            self.apply(SegmentAdded(segment, action.nbytes, action.slot_bytes))
+            self.offer_segments()
+
+        return made
+
+    def _tick(self) -> None:
+        before = self._overdue()
+        self.apply(Tick())
+        self.world.seen["overdue_slots"] += self._overdue() - before
+        self.later(TICK_S, self._tick)
+
+    def _note_late_commits(self, event: Event) -> None:
+        client = self.planner.clients.get(event.client) if isinstance(event, Update) else None
+        if client is not None and isinstance(event, Update) and event.seq > client.seq:
+            late = [job for job in event.committed if job in client.jobs and client.jobs[job].overdue]
+            self.world.seen["late_commits"] += len(late)
+
+    def _overdue(self) -> int:
+        return sum(self.planner.overdue_slots(client) for client in self.planner.clients.values())
+
+    # --- side connections: in order, never lost ----------------------------------------------
+
+    def connected(self, engine: SimEngine) -> None:
+        self.engines[engine.name] = engine
+
+    def open(self, engine: SimEngine) -> bool:
+        """Open comes after the hello: one that arrives when its sender is gone opens nothing."""
+        if engine.name not in self.engines:
+            return False
+        self.apply(ClientOpened(engine.name, engine.slot_bytes, len(engine.workers)))
+        self.opened.add(engine.name)
+        self.offer_segments()
+        return True
+
+    def offer_segments(self) -> None:
+        for name in sorted(self.opened & set(self.engines)):
+            for worker in self.engines[name].workers:
+                if worker.store is not self:
+                    continue
+                for segment in self.planner.slots.segments:
+                    if (name, worker.rank, segment) not in self._sent:
+                        self._sent.add((name, worker.rank, segment))
+                        worker.offered(self, segment)
+
+    def registered(self, name: str, rank: int, segment: int) -> None:
+        self.apply(SegmentRegistered(name, rank, segment))
+
+    def disconnected(self, name: str) -> None:
+        self.engines.pop(name, None)
+        self.apply(ClientStopped(name))
+
+    def gone(self, name: str) -> None:
+        self.engines.pop(name, None)
+        self.opened.discard(name)
+        self.apply(ClientGone(name))
