@@ -31,7 +31,7 @@ setup: ## everything below does this first: .venv with vLLM for CPU and kvstrata
 	@"$(PYTHON)" $(SETUP)
 
 demo: setup ## show kvstrata at work with a real engine
-	$(KVSTRATA) demo
+	$(KVSTRATA) demo $(if $(filter 1,$(GPU)),--gpu)
 
 test: lint typecheck ## all checks, then the whole test suite
 	$(BIN)/pytest tests $(PYTEST_ARGS)
@@ -43,6 +43,7 @@ lint: setup ## style, formatting, which room may import which
 
 typecheck: setup ## mypy --strict and pyright
 	$(BIN)/mypy
+	$(BIN)/mypy benches
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 wheel: setup ## sdist and wheel, into dist/

@@ -52,11 +52,12 @@ def runtime_paths(config: NodeConfig, create: bool = True) -> RuntimePaths:
     if len(os.fsencode(paths.control)) > _SOCKET_PATH_MAX:
         raise ConfigError(f"node.runtime_dir {folder} is too long for a Unix socket; choose a shorter one")
     if create:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if config.group and folder.stat().st_uid == os.getuid():
+        if not os.path.lexists(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if config.group and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
             os.chown(folder, -1, group_id(config.group))
             folder.chmod(0o750)
-    if folder.exists():
+    if os.path.lexists(folder):
         _check_private(folder, config.group)
     return paths
 

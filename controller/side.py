@@ -68,7 +68,7 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | N
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if not data:
+    if not data and not fds:
         return None
     try:
         if flags & socket.MSG_TRUNC:
@@ -76,7 +76,7 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | N
         message = json.loads(data)
         if not isinstance(message, dict):
             raise ValueError("side message is not an object")
-    except ValueError:
+    except (ValueError, RecursionError):
         for fd in fds:
             os.close(fd)
         raise

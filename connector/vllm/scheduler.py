@@ -181,10 +181,10 @@ class SchedulerSide:
     def after_alloc(self, request: Request, blocks: list[int], external: int) -> None:
         """The engine has allocated `blocks`; the last `external` computed tokens are ours to load."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None:
-            return
-        lookup = tracked.lookup
-        if lookup is None or not lookup.slots:
+        lookup = tracked.lookup if tracked else None
+        if tracked is None or lookup is None or not lookup.slots:
+            if external:
+                self._fail_load(request.request_id, blocks, external)
             return
         if external == 0:
             self._release(tracked)
@@ -206,6 +206,14 @@ class SchedulerSide:
         self._lookups.pop(lookup.lease)
         tracked.lookup = None
         self.stats.count("loaded_tokens", external)
+
+    def _fail_load(self, request_id: str, blocks: list[int], external: int) -> None:
+        """The engine waits for a load that has no slots: one that fails at once, so that it recomputes."""
+        last = tuple(blocks[len(blocks) - external // self._block_tokens :])
+        job = next(self._numbers)
+        self._new_loads.append((request_id, LoadJob(job, b"", (ChunkCopy(b"", 0, 0, last),), expires=0.0)))
+        self._loading[job] = Loading(request_id, lease=0, epoch=b"", first_chunk=0)
+        self.stats.count("failed_loads")
 
     def _chunk_blocks(self, blocks: list[int], chunk: int, start: int, end: int) -> tuple[int, ...]:
         """Block ids of `chunk`; -1 for blocks outside tokens [start, end): shared, or yet to be computed."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from kvstrata.connector.vllm.compat import context_parallel_size
+from kvstrata.controller.client.config_file import read_yaml
 from kvstrata.core.config import Config, build_config
 from kvstrata.core.errors import ConfigError, UnsupportedModel
 
@@ -43,20 +43,14 @@ def load_config(vllm_config: VllmConfig) -> Config:
     sources = [("kv_connector_extra_config", transfer.kv_connector_extra_config)]
     if name := os.environ.get("KVSTRATA_CONFIG"):
         sources.insert(0, (name, read_yaml(Path(name))))
-    return build_config(*sources)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The tree in a YAML file. Raises ConfigError if it cannot be read or is not a tree."""
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"KVSTRATA_CONFIG {path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"KVSTRATA_CONFIG {path} holds {type(tree).__name__}, expected sections such as host:"
-        )
-    return tree
+    config = build_config(*sources)
+    # A producer only saves, a consumer only loads.
+    client = replace(
+        config.client,
+        save=config.client.save and transfer.is_kv_producer,
+        load=config.client.load and transfer.is_kv_consumer,
+    )
+    return replace(config, client=client)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -211,6 +211,8 @@ class NodeClient:
                 self._answers.put((session, call, Lost()))
                 raise
             self._answers.put((session, call, answer))
+            if isinstance(answer, Refused) and answer.why in (Why.UNKNOWN_CLIENT, Why.STOPPED):
+                raise ConnectionResetError("the node store wants this engine to introduce itself again")
 
     def _fail_waiting_calls(self) -> None:
         while True:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 # tokens, and less than eleven blocks of 128, so that the store's hits and the engine's own end at the
 # same token (1,280) and can be compared bit by bit.
 _TEXT = """\
-The tide engine of {town}: notes for whoever keeps it next
+The tide engine of {town}: notes for whoever keeps it next, copy {copy}
 
 {keeper} wrote these notes in the {years}th year of the engine, in the winter when the harbour froze and \
 there was time to write. They are for the next keeper, who will find the drawings in the map chest wrong \
@@ -149,6 +149,7 @@ def _document(number: int, choose: random.Random) -> Document:
     town = _TOWNS[number % len(_TOWNS)]
     text = _TEXT.format(
         town=town,
+        copy=number + 1,
         keeper=keeper,
         rope_maker=rope_maker,
         apprentice=apprentice,

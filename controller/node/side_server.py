@@ -124,7 +124,7 @@ class SideServer:
             received = receive_message(connection.sock)
         except BlockingIOError:
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning("side connection of %s: %s", connection.hello, error)
             received = None
         if received is None:
@@ -133,7 +133,7 @@ class SideServer:
         message, fds = received
         try:
             self._handle(connection, message, fds)
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             log.warning("refused side message of %s: %s", connection.hello, error)
             self._ended(connection)
         finally:
@@ -144,7 +144,7 @@ class SideServer:
     def _handle(self, connection: Connection, message: dict[str, Any], fds: list[int]) -> None:
         if "hello" in message and connection.hello is None:
             hello = Hello.parse(message["hello"])
-            if len(fds) != 1:
+            if len(fds) != 1 or "Pid:" not in Path(f"/proc/self/fdinfo/{fds[0]}").read_text():
                 raise ValueError("a hello brings exactly one pidfd")
             connection.hello, connection.pidfd = hello, fds[0]
             self.connections.setdefault(hello.client, []).append(connection)

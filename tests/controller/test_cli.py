@@ -360,7 +360,7 @@ def test_two_seats_have_equally_many_cores(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_two_documents_begin_alike() -> None:
     texts = [document.text for document in documents(20)]
-    assert len({text[:60] for text in texts}) == len({text.splitlines()[2] for text in texts}) == 20
+    assert len({text.splitlines()[0] for text in texts}) == 20
     assert texts == [document.text for document in documents(20)]
     assert len(set(QUESTIONS)) == len(QUESTIONS)
 

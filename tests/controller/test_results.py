@@ -104,7 +104,7 @@ def broken(change: dict[str, Any], figure: dict[str, Any] | None = None) -> str:
 def test_a_file_that_is_no_result_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "odd.json"
     path.write_text(text)
-    with pytest.raises(ResultError, match="odd.json") as refused:
+    with pytest.raises(ResultError, match=r"odd\.json") as refused:
         results.read(path)
     assert says in str(refused.value)
 

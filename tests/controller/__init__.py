@@ -1,0 +1,1 @@
+"""Tests of the node store, its clients, and the command line."""
