@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvstrata.core.config import Config
-from tests.controller.stores import Engine, RunningStore, config_for
+from tests.controller.stores import Engine, EngineProcess, RunningStore, config_for
 
 
 @pytest.fixture
@@ -57,3 +57,17 @@ def engines() -> Iterator[Callable[..., Engine]]:
     yield start
     for engine in started:
         engine.close()
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., EngineProcess]]:
+    """Starts engines in processes of their own; all are ended."""
+    started: list[EngineProcess] = []
+
+    def start(config: Config, name: str, rank: int | None = None) -> EngineProcess:
+        started.append(EngineProcess(config, name, rank))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end()

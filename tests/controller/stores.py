@@ -7,6 +7,8 @@ import json
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,11 +19,12 @@ import grpc
 from kvstrata.controller.client import Answer, NodeClient, SegmentMap, Session, worker_segments
 from kvstrata.controller.node.launch import start_node
 from kvstrata.controller.paths import RuntimePaths
-from kvstrata.core.config import Config, build_config
+from kvstrata.core.config import Config, as_tree, build_config
 from kvstrata.core.events import Match, Refused, Update, Updated, Why
 from kvstrata.core.slots import Slot
 from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
 from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
+from tests.conftest import REPO
 
 MIB = 1 << 20
 SLOT = MIB
@@ -237,3 +240,42 @@ class Engine:
 
 def key(number: int) -> bytes:
     return number.to_bytes(32, "little")
+
+
+class EngineProcess:
+    """`tests.controller.engine_process`: to be killed, stopped, or asked by `do`."""
+
+    def __init__(self, config: Config, name: str, rank: int | None = None) -> None:
+        arguments = [json.dumps(as_tree(config)), name, *([] if rank is None else [str(rank)])]
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.controller.engine_process", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
+        )
+        assert self.answer() == "up"
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"{self.name} has died"
+        return json.loads(line)
+
+    def do(self, what: str, *keys: int) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": what, "keys": keys}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        """However it was left: stopped, running or dead."""
+        self.process.kill()
+        self.process.wait(timeout=PATIENCE_S)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()

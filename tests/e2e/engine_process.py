@@ -169,20 +169,19 @@ def _answer(output: Any) -> Answer:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the engine prints goes to the log
-    try:
-        engine = Engine(json.loads(sys.argv[1]))
-    except Exception as error:  # reported to the test, which decides what it means
-        answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
-        raise
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """Whatever ends this process is told to the test, which decides what it means."""
+        answers.write(json.dumps({"error": f"{kind.__name__}: {error}"}) + "\n")
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
+    engine = Engine(json.loads(sys.argv[1]))
     answers.write(json.dumps({"ok": "ready"}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
         name = request.pop("do")
-        try:
-            answers.write(json.dumps({"ok": getattr(engine, name)(**request)}) + "\n")
-        except Exception as error:
-            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
-            raise
+        answers.write(json.dumps({"ok": getattr(engine, name)(**request)}) + "\n")
         if name == "shutdown":
             return
 
