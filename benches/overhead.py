@@ -35,7 +35,7 @@ from common import REPO, Node, keep, node_store, parser
 
 from kvstrata.controller.cli_node import stats
 from kvstrata.controller.demo.client import is_healthy
-from kvstrata.controller.demo.engines import free_port
+from kvstrata.controller.demo.engines import Engine, free_port
 from kvstrata.controller.results import Figure
 
 PORTS = {"plain": free_port(), "kvstrata": free_port()}
@@ -87,35 +87,35 @@ def servers(model: Path, node: Node, core: int) -> Iterator[None]:
     }
     folder = Path(tempfile.mkdtemp(prefix="kvs-bench-"))
     ours = os.sched_getaffinity(0)
-    processes: dict[str, subprocess.Popen[bytes]] = {}
+    arms: list[Engine] = []
     try:
         os.sched_setaffinity(0, {core})  # inherited by every thread of theirs
-        for arm in PORTS:
-            with (folder / f"{arm}.log").open("wb") as log:
-                processes[arm] = subprocess.Popen(
+        for arm, port in PORTS.items():
+            log = folder / f"{arm}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
                     command(model, arm, node),
                     env=environment,
-                    stdout=log,
+                    stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
+            arms.append(Engine(arm, port, log, process))
         os.sched_setaffinity(0, ours)
-        wait_ready(processes, folder)
+        wait_ready(arms)
         yield
     finally:
-        for process in processes.values():
-            process.terminate()
-        for process in processes.values():
-            process.wait()
+        for engine in arms:
+            engine.end()
     shutil.rmtree(folder)  # after a failure the logs stay
 
 
-def wait_ready(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
+def wait_ready(arms: Sequence[Engine]) -> None:
     deadline = time.monotonic() + READY_S
-    for arm, process in processes.items():
-        while not is_healthy(PORTS[arm]):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"overhead: the {arm} server is not ready, see {folder / f'{arm}.log'}")
+    for engine in arms:
+        while not is_healthy(engine.port):
+            if engine.process.poll() is not None or time.monotonic() > deadline:
+                raise engine.failed("is not ready")
             time.sleep(0.5)
 
 

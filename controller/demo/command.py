@@ -53,15 +53,16 @@ def demo(options: argparse.Namespace) -> int:
             print(f"kvstrata demo: logs are kept in {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    return _tell(outcome, options)
+    return _tell(outcome, model, options)
 
 
-def _tell(outcome: Outcome, options: argparse.Namespace) -> int:
+def _tell(outcome: Outcome, model: Path, options: argparse.Namespace) -> int:
     figures = report.figures(outcome)
     print(report.table(outcome))
     if options.json is not None:
-        command = " ".join(["kvstrata demo", *(["--quick"] if options.quick else [])])
-        measured("demo", command, figures, report.samples(outcome)).write(options.json)
+        flags = [f"--{name}" for name in ("gpu", "quick") if getattr(options, name)]
+        samples = {"model": model.name, **report.samples(outcome)}
+        measured("demo", " ".join(["kvstrata demo", *flags]), figures, samples).write(options.json)
     wrong = [figure.name for figure in figures if figure.met is False and figure.goal in ("== true", "== 0")]
     return 1 if wrong else 0
 
@@ -79,7 +80,7 @@ def _model(named: Path | None) -> Path:
     folder = checkout / ".cache" / "models" / "smollm2"
     made = subprocess.run(
         [sys.executable, str(script), "smollm2", str(folder)],
-        stdout=sys.stderr.fileno(),
+        stdout=subprocess.DEVNULL if folder.exists() else sys.stderr.fileno(),  # it says what it makes
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         check=False,
     )

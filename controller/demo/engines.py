@@ -41,7 +41,8 @@ _GPU_BLOCK_TOKENS = 16
 _GPU_SHARE = 0.28  # three engines share the GPU for a while
 
 _READY_S = 600.0
-_END_S = 20.0
+_END_S = 20.0  # to end in order
+_LEAVE_S = 3.0  # when nobody waits for what it still does
 _LOOK_EVERY_S = 0.25
 _LOG_LINES = 25
 
@@ -79,11 +80,11 @@ class Engine:
         if self.process.poll() is None:
             self.process.terminate()
 
-    def end(self) -> None:
+    def end(self, grace_s: float = _END_S) -> None:
         """End it and what it started. They share a process group that nobody else is in."""
         self.ask_to_end()
         try:
-            self.process.wait(_END_S)
+            self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
         with contextlib.suppress(ProcessLookupError):  # it ended in order, and everything with it
@@ -115,7 +116,7 @@ class Fleet:
         # An impatient second Ctrl-C must not leave processes behind; this takes seconds at most.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            self.end(*self._engines)
+            self.end(*self._engines, grace_s=_LEAVE_S)
             end_node_store(self.paths)
         finally:
             signal.signal(signal.SIGINT, before)
@@ -162,12 +163,12 @@ class Fleet:
                     raise engine.failed(f"was not ready after {_READY_S:.0f} s")
             tick(1)
 
-    def end(self, *engines: Engine) -> None:
+    def end(self, *engines: Engine, grace_s: float = _END_S) -> None:
         """End these engines; the node store stays."""
         for engine in engines:
             engine.ask_to_end()
         for engine in engines:
-            engine.end()
+            engine.end(grace_s)
             self._engines.remove(engine)
 
     def _command(self, port: int, connector: str) -> list[str]:

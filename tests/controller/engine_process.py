@@ -14,7 +14,7 @@ import sys
 
 from kvstrata.controller.client import worker_segments
 from kvstrata.core.config import Config, build_config
-from tests.controller.stores import Engine, key
+from tests.controller.stores import Engine, key, wait_for
 
 
 def main() -> None:
@@ -31,6 +31,7 @@ def say(answer: object) -> None:
 
 def be_worker(config: Config, name: str, rank: int) -> None:
     segments = worker_segments(config.node, name, rank)
+    wait_for("the store's welcome", lambda: segments._connection)
     say("up")
     for _ in sys.stdin:
         segments.close()

@@ -313,7 +313,7 @@ def test_an_engine_that_fails_is_shown_with_the_end_of_its_log(runtime_dir: Path
 def test_the_fleet_ends_engines_that_do_not_want_to_and_their_children(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "_END_S", 0.5)
+    monkeypatch.setattr(engines, "_LEAVE_S", 0.5)
     FakeEngines.program = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

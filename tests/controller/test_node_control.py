@@ -330,9 +330,7 @@ def test_noise_on_the_side_socket_is_hung_up_on(
 def test_an_empty_packet_keeps_no_descriptor(store: RunningStore, pidfd: int) -> None:
     before = descriptors(store)
     side = Side(store)
-    for _ in range(3):
-        side.send(b"", [pidfd])
-        side.send(b"", [pidfd])
+    side.send(b"", [pidfd])
     assert side.hung_up()
     side.sock.close()
     wait_for("its descriptors to be closed", lambda: descriptors(store) <= before)
@@ -345,17 +343,18 @@ def test_a_hello_brings_one_pidfd(store: RunningStore, side: Side, pidfd: int, c
     assert "a hello brings exactly one pidfd" in store.log
 
 
-@pytest.mark.parametrize("what", [os.devnull, __file__, "pipe"])
-def test_a_hello_with_another_descriptor_is_hung_up_on(store: RunningStore, side: Side, what: str) -> None:
+@pytest.mark.parametrize("what", ["file", "device", "pipe"])
+def test_a_hello_with_another_descriptor_is_hung_up_on(store: RunningStore, what: str) -> None:
     before = descriptors(store)
     reading, writing = os.pipe()
-    fd = reading if what == "pipe" else os.open(what, os.O_RDONLY)
-    side.send({"hello": HELLO}, [fd])
+    file, device = os.open(__file__, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
+    side = Side(store)
+    side.send({"hello": HELLO}, [{"file": file, "device": device, "pipe": reading}[what]])
     assert side.hung_up()
     side.sock.close()
-    wait_for("its descriptors to be closed", lambda: descriptors(store) < before)
-    for each in {fd, reading, writing}:
-        os.close(each)
+    wait_for("its descriptors to be closed", lambda: descriptors(store) <= before)
+    for fd in (reading, writing, file, device):
+        os.close(fd)
 
 
 def test_a_second_hello_ends_the_connection(side: Side, pidfd: int) -> None:
