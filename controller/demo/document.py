@@ -115,6 +115,15 @@ QUESTIONS = (
     "Above how many feet must the sluice be closed?",
 )
 
+# Behind the question, where nothing is shared any more: it makes prompts about 1,500 tokens long.
+_MANNER = """\
+Before you answer, go through the notes once more from the first page to the last, for a number or a name \
+that is given in one place is sometimes put right in another, and the later place counts. Take nothing from \
+what you know of other engines, other harbours or other towns. If two people could be meant, name the one \
+who did the work and not the one who paid for it. Write numbers as figures, names in full, and leave out \
+greetings, thanks and apologies: whoever reads the answer stands on a wet ladder with a lantern in one hand. \
+"""
+
 _TOWNS = ("Harrowmere", "Ostrelby", "Veldmouth", "Quernholt", "Tarnwick", "Skellbridge", "Morrowhythe")
 _FIRST = ("Ilse", "Tobin", "Maren", "Anselm", "Greta", "Corwin", "Hedda", "Lorens", "Signe", "Osric")
 _LAST = ("Marrand", "Aske", "Fennick", "Dolvray", "Brandt", "Quill", "Sorrel", "Tamsin", "Weir", "Yarrow")
@@ -133,7 +142,7 @@ class Document:
 
     def prompt(self, question: str) -> str:
         """The notes with a question at their end: prompts of one document share all but the question."""
-        return f"{self.text}\nAnswer in one sentence, from the notes alone. Question: {question}"
+        return f"{self.text}\nAnswer in one sentence, from the notes alone. Question: {question}\n{_MANNER}"
 
 
 def documents(count: int, seed: int = 7) -> list[Document]:

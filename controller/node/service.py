@@ -37,7 +37,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"the engine's kvstrata {request.version} speaks protocol {request.protocol}, "
                 f"the running node store {__version__} speaks {PROTOCOL}: "
-                "stop it with `kvstrata node --stop` and let the engine start its own",
+                "stop it with `kvstrata node --stop --force` and let the engine start its own",
             )
         if not 0 < len(request.client) <= _CLIENT_NAME_MAX or not request.slot_bytes or not request.workers:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Open needs client, slot_bytes and workers")
