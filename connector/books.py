@@ -15,11 +15,14 @@ from kvstrata.connector.transfer import ChunkCopy, SaveJob
 from kvstrata.core.events import Update
 from kvstrata.core.slots import Slot
 
+_USED_MAX = 64  # prefixes in one Update: they only tell the policy what is fresh
+
 
 class Stage(enum.Enum):
     WANTED = "wanted"  # a slot was asked for
     GRANTED = "granted"  # it has a slot, the workers do not know yet
     COPYING = "copying"  # the workers have it
+    OVER = "over"  # done, refused or given up
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class Save:
     stage: Stage = Stage.WANTED
     slot: Slot | None = None
     ranks_ended: int = 0
+    failed: bool = False  # some rank could not write its part
 
 
 class SaveBook:
@@ -76,6 +80,7 @@ class SaveBook:
         save = self.saves.pop(job, None)
         if save is None:
             return None
+        save.stage = Stage.OVER
         self._keys.discard(save.key)
         for block in save.blocks:
             jobs = self._by_block[block]
@@ -110,7 +115,7 @@ class SaveBook:
 
 @dataclass(slots=True)
 class Outbox:
-    """What the next Update will say. Nothing is lost when an Update is: see `take_back`."""
+    """What the next Update will say. No report is lost when an Update is: see `take_back`."""
 
     reserve: list[tuple[int, bytes]] = field(default_factory=list)
     committed: list[int] = field(default_factory=list)
@@ -134,7 +139,7 @@ class Outbox:
             aborted=tuple(self.aborted),
             released=tuple(self.released),
             corrupt=tuple(self.corrupt),
-            used=tuple(self.used),
+            used=tuple(self.used[-_USED_MAX:]),
             leases_held=leases_held,
             jobs_held=jobs_held,
         )

@@ -97,12 +97,9 @@ class Transfer:
         self._reports: list[Report] = []
         self._closing = False
         self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"kvstrata-copy-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        for _ in range(threads):
+            self._start_thread()
 
     def submit(self, loads: Iterable[LoadJob] = (), saves: Iterable[SaveJob] = ()) -> None:
         """Queue jobs; returns at once."""
@@ -143,9 +140,22 @@ class Transfer:
     # --- the threads -------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            report = self._load(job) if isinstance(job, LoadJob) else self._save(job)
-            self._finish(job.job, report)
+        try:
+            while (job := self._next()) is not None:
+                report = Report(job.job, ok=False)
+                try:
+                    report = self._load(job) if isinstance(job, LoadJob) else self._save(job)
+                finally:  # an error that nobody foresaw fails this job, and the thread says so as it ends
+                    self._finish(job.job, report)
+        finally:
+            with self._changed:
+                if not self._closing:
+                    self._start_thread()
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name="kvstrata-copy", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _next(self) -> LoadJob | SaveJob | None:
         with self._changed:

@@ -53,13 +53,20 @@ def _hash_file(file: Path, hasher: blake3) -> None:
             header = _safetensors_header(fd, file)
             hasher.update(header)
             start = 8 + len(header)
-            tensors = json.loads(header)
-            offsets = [t["data_offsets"] for name, t in sorted(tensors.items()) if name != "__metadata__"]
-            spans, windows = [(start + first, last - first) for first, last in offsets], 4
+            spans, windows = _tensor_spans(header, start, file), 4
         for offset, length in sample_windows(size, spans, windows=windows):
             hasher.update(os.pread(fd, length, offset))
     finally:
         os.close(fd)
+
+
+def _tensor_spans(header: bytes, start: int, file: Path) -> list[tuple[int, int]]:
+    try:
+        tensors = json.loads(header)
+        offsets = [tensors[name]["data_offsets"] for name in sorted(tensors) if name != "__metadata__"]
+        return [(start + int(first), int(last) - int(first)) for first, last in offsets]
+    except (ValueError, KeyError, TypeError) as error:  # cut short, or being written right now
+        raise UnsupportedModel(f"the header of {file} cannot be read: {error}") from error
 
 
 def _safetensors_header(fd: int, file: Path) -> bytes:

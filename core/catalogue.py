@@ -69,6 +69,7 @@ class Catalogue:
         self._hidden: set[Entry] = set()  # EVICTING and QUARANTINED: their keys may be written anew
         self._policy = policy
         self._on_free = on_free
+        self.being_read = 0  # entries with at least one reader
 
     def __len__(self) -> int:
         return len(self._visible) + len(self._hidden)
@@ -104,6 +105,7 @@ class Catalogue:
         for entry in entries:
             if entry.state is not State.READY:
                 raise ValueError(f"chunk {entry.key.hex()[:16]} is {entry.state.value}, not ready")
+            self.being_read += not entry.readers
             entry.readers += 1
         self._policy.touch([entry.key for entry in entries])
 
@@ -115,6 +117,7 @@ class Catalogue:
         """One reader less on each of `entries`."""
         for entry in entries:
             entry.readers -= 1
+            self.being_read -= not entry.readers
             if entry.state is State.EVICTING and not entry.readers:
                 self.move(entry, Cause.DRAINED)
 

@@ -23,8 +23,8 @@ def _size(default: int, *, least: int = 0) -> Any:
     return field(default=default, metadata={"parse": parse_size, "least": least})
 
 
-def _time(default: float, *, least: float = 0.0) -> Any:
-    return field(default=default, metadata={"parse": parse_time, "least": least})
+def _time(default: float, *, least: float = 0.0, most: float | None = None) -> Any:
+    return field(default=default, metadata={"parse": parse_time, "least": least, "most": most})
 
 
 def _choice(default: str, *choices: str) -> Any:
@@ -65,7 +65,7 @@ class ClientConfig:
     lookup_wait: float = _time(0.001)  # seconds a scheduler step may wait for answers, all requests together
     call_deadline: float = _time(1.0, least=0.01)  # one RPC; past it the store counts as absent for a moment
     load_deadline: float = _time(
-        30.0, least=0.1
+        30.0, least=0.1, most=90.0
     )  # from match to the last byte; what is not begun by then is recomputed
     copy_threads: int = field(default=1, metadata={"least": 1})  # each keeps one core busy while it copies
     save: bool = True  # write computed chunks
@@ -150,7 +150,7 @@ def _unknown(path: str, known: list[str], source: str) -> str:
 def _validate(path: str, value: Any, source: str) -> Any:
     section, key = path.split(".")
     spec = _fields(section)[key]
-    parse, least, choices = (spec.metadata.get(name) for name in ("parse", "least", "choices"))
+    parse, least, most, choices = (spec.metadata.get(name) for name in ("parse", "least", "most", "choices"))
     if parse:
         if value == "auto" and spec.default == AUTO and parse is parse_size:
             return AUTO
@@ -164,4 +164,6 @@ def _validate(path: str, value: Any, source: str) -> Any:
         raise ConfigError(f"{path} in {source} is {value!r}; allowed: {', '.join(choices)}")
     if least is not None and value < least:
         raise ConfigError(f"{path} in {source} is {value!r}; the least allowed is {least}")
+    if most is not None and value > most:
+        raise ConfigError(f"{path} in {source} is {value!r}; the most allowed is {most}")
     return value

@@ -17,7 +17,3 @@ class UnsupportedModel(KVStrataError):
 
 class NodeUnavailable(KVStrataError):
     """The node store cannot be reached, is another user's, or speaks another protocol version."""
-
-
-class PoolTooSmall(KVStrataError):
-    """The host pool cannot hold a single chunk."""

@@ -12,7 +12,7 @@ from kvstrata.core.slots import Slot
 
 @dataclass(frozen=True, slots=True)
 class ClientOpened:
-    """An engine's scheduler side has introduced itself, or has come back with a higher `seq`."""
+    """An engine's scheduler side has introduced itself, or has come back."""
 
     client: str
     slot_bytes: int
@@ -48,6 +48,13 @@ class Update:
 @dataclass(frozen=True, slots=True)
 class ClientStopped:
     """A client's connection ended: it gets nothing more, and keeps what its copies may touch."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientResumed:
+    """The connection that had ended is back, and with it all processes of the client."""
 
     client: str
 
@@ -92,6 +99,7 @@ Event = (
     | Match
     | Update
     | ClientStopped
+    | ClientResumed
     | ClientGone
     | SegmentAdded
     | GrowthFailed
@@ -113,6 +121,7 @@ class Why(enum.Enum):
     STOPPED = "stopped"  # the client's connection ended
     QUARANTINE = "quarantine"  # the client holds too much that it does not answer for
     POOL_TOO_SMALL = "pool_too_small"  # not even one chunk fits
+    OTHER = "other"  # a reason that a newer version has and this one does not know
     BUSY = "busy"  # too much of the pool is leased to requests that wait
 
 

@@ -27,7 +27,7 @@ class ModelIdentity:
     kv_scales: str  # how KV is scaled when quantised; "" when it is not
     layout: bytes  # digest of the canonical layout: format version, chunk size, parts
     context: str  # what else reaches the KV: RoPE cut-offs that depend on the context length
-    generation: int = 0  # raised when weights are reloaded or the cache is reset
+    generation: str = ""  # drawn anew when the cache is reset: nothing older is found, by anybody
 
     @property
     def digest(self) -> bytes:
@@ -95,7 +95,7 @@ def sample_windows(
         size: bytes in the file.
         spans: (offset, bytes) of each tensor; the whole file as one span when unknown.
         window: bytes read at each place.
-        windows: places in each span, spread evenly, both ends included.
+        windows: places in each span at least, spread evenly, both ends included; one for each MiB.
 
     Returns:
         (offset, bytes) pairs inside the file.
@@ -106,6 +106,7 @@ def sample_windows(
         if end - offset <= window * windows:
             reads.append((offset, max(end - offset, 0)))
             continue
-        stride = (end - offset - window) / (windows - 1)
-        reads += [(offset + int(i * stride), window) for i in range(windows)]
+        places = max(windows, (end - offset) >> 20)
+        stride = (end - offset - window) / (places - 1)
+        reads += [(offset + int(i * stride), window) for i in range(places)]
     return reads

@@ -17,6 +17,7 @@ from kvstrata.core.events import (
     Action,
     ClientGone,
     ClientOpened,
+    ClientResumed,
     ClientStopped,
     Event,
     GrowPool,
@@ -34,6 +35,8 @@ from kvstrata.core.events import (
 from kvstrata.core.policy import POLICIES
 from kvstrata.core.slots import Slot, SlotAllocator
 
+_GROWTH_RETRY_S = 30.0  # after a segment could not be made: memory comes and goes
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -41,7 +44,7 @@ class Limits:
 
     pool_bytes: int
     segment_bytes: int
-    claim_deadline_s: float = 120.0  # far above any honest copy: reaching it means a hung client
+    claim_deadline_s: float = 120.0  # above what a client may set as its load deadline: past it, it hangs
     leased_share_max: float = 0.75  # the rest stays evictable, so that saving never starves
     quarantine_share_max: float = 0.25
 
@@ -87,8 +90,7 @@ class Planner:
         self.counters: Counter[str] = Counter()
         self.pool_bytes = 0  # of all segments made so far
         self._growing = False
-        self._growth_failed = False
-        self._leased_slots = 0
+        self._grow_again_at = 0.0
 
     # --- one event -------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ class Planner:
             case Update():
                 return self._update(event, now)
             case ClientOpened():
-                return self._open(event)
+                return self._open(event, now)
             case SegmentAdded():
                 self._growing = False
                 self.pool_bytes += event.nbytes
@@ -108,10 +110,13 @@ class Planner:
             case SegmentRegistered():
                 self._register(event)
             case GrowthFailed():
-                self._growing, self._growth_failed = False, True
+                self._growing, self._grow_again_at = False, now + _GROWTH_RETRY_S
             case ClientStopped():
                 if client := self.clients.get(event.client):
                     client.stopped = True
+            case ClientResumed():
+                if client := self.clients.get(event.client):
+                    client.stopped = False
             case ClientGone():
                 self._reclaim(event.client)
             case Tick():
@@ -126,20 +131,31 @@ class Planner:
             return [client]
         if why := self._refusal(client):
             return [Refused(why)]
+        if event.lease in client.leases:
+            return [Refused(Why.STALE)]
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(event.keys)
         found = self.catalogue.match(event.keys)
         following = self.catalogue.get(event.keys[len(found)]) if len(found) < len(event.keys) else None
-        entries = tuple(itertools.takewhile(client.can_reach, found))
+        reachable = tuple(itertools.takewhile(client.can_reach, found))
+        entries = self._leasable(client, reachable)
+        if reachable and not entries:
+            return [Refused(Why.BUSY)]
         if entries:
-            if self._leased_slots + len(entries) > self._share(self.limits.leased_share_max, client):
-                return [Refused(Why.BUSY)]
             self.catalogue.hold(entries)
-            self._leased_slots += len(entries)
             client.leases_believed += 1
             client.leases[event.lease] = Claim(entries, now + self.limits.claim_deadline_s)
             self.counters["hit_chunks"] += len(entries)
         return [Matched(tuple(entry.slot for entry in entries), being_written=following is not None)]
+
+    def _leasable(self, client: Client, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        """The prefix of `entries` that keeps the leased share of the pool within its limit."""
+        room = self._share(self.limits.leased_share_max, client) - self.catalogue.being_read
+        for index, entry in enumerate(entries):
+            room -= not entry.readers
+            if room < 0:
+                return entries[:index]
+        return entries
 
     # --- update: reservations and reports ---------------------------------------------------
 
@@ -151,7 +167,7 @@ class Planner:
         if why := self._refusal(client):
             return [Updated((why,) * len(event.reserve))]
         grants = tuple(self._reserve(client, job, key, now) for job, key in event.reserve)
-        return [Updated(grants), *(self._grow(client.slot_bytes) if grants else ())]
+        return [Updated(grants), *(self._grow(client.slot_bytes, now) if grants else ())]
 
     def _hear(self, client: Client, event: Update) -> None:
         for job in event.committed:
@@ -181,6 +197,8 @@ class Planner:
     def _reserve(self, client: Client, job: int, key: bytes, now: float) -> Slot | Why:
         if self.catalogue.get(key) is not None:
             return Why.EXISTS
+        if job in client.jobs:
+            return Why.STALE
         if not client.usable:
             return Why.NOT_READY
         slot = self.slots.take(client.slot_bytes, client.usable)
@@ -205,13 +223,13 @@ class Planner:
 
     # --- pool -------------------------------------------------------------------------------
 
-    def _grow(self, slot_bytes: int) -> list[Action]:
+    def _grow(self, slot_bytes: int, now: float) -> list[Action]:
         """Ask for the next segment while the last one still has room, so that nobody waits for it."""
         free_bytes = self.slots.free_slots(slot_bytes) * slot_bytes
         if self._growing or free_bytes > self.limits.segment_bytes // 2:
             return []
         nbytes = min(max(self.limits.segment_bytes, slot_bytes), self.limits.pool_bytes - self.pool_bytes)
-        if nbytes >= slot_bytes and not self._growth_failed:
+        if nbytes >= slot_bytes and now >= self._grow_again_at:
             self._growing = True
             return [GrowPool(nbytes, slot_bytes)]
         self._reclass(slot_bytes)
@@ -249,12 +267,11 @@ class Planner:
 
     # --- clients ----------------------------------------------------------------------------
 
-    def _open(self, event: ClientOpened) -> list[Action]:
+    def _open(self, event: ClientOpened, now: float) -> list[Action]:
         if self.limits.pool_bytes < event.slot_bytes:
             return [Refused(Why.POOL_TOO_SMALL)]
         client = self.clients.setdefault(event.client, Client(event.client, event.slot_bytes, event.workers))
-        client.stopped = False
-        return self._grow(client.slot_bytes)
+        return self._grow(client.slot_bytes, now)
 
     def _heard(self, event: Match | Update) -> Client | Refused:
         """The sender, unless a later request of its was answered already (this one was overtaken)."""
@@ -276,7 +293,6 @@ class Planner:
 
     def _let_go(self, claim: Claim) -> None:
         self.catalogue.let_go(claim.entries)
-        self._leased_slots -= len(claim.entries)
 
     def _reclaim(self, client_id: str) -> None:
         client = self.clients.pop(client_id, None)
@@ -299,4 +315,4 @@ class Planner:
 
     def overdue_slots(self, client: Client) -> int:
         claims = (*client.leases.values(), *client.jobs.values())
-        return sum(len(claim.entries) for claim in claims if claim.overdue)
+        return len({id(entry) for claim in claims if claim.overdue for entry in claim.entries})

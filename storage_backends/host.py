@@ -53,7 +53,11 @@ def map_segment(fd: int, nbytes: int) -> Mapping:
     reserve = nbytes + _HUGE_PAGE
     base = _mmap(libc, None, reserve, 0, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     address = -(-base // _HUGE_PAGE) * _HUGE_PAGE
-    _mmap(libc, address, nbytes, _PROT_READ_WRITE, _MAP_SHARED | _MAP_FIXED, fd)
+    try:
+        _mmap(libc, address, nbytes, _PROT_READ_WRITE, _MAP_SHARED | _MAP_FIXED, fd)
+    except MappingError:
+        libc.munmap(base, reserve)
+        raise
     # The reservation before and after the segment is given back at once.
     page_end = -(-(address + nbytes) // 4096) * 4096
     if address > base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +30,11 @@ class Identity:
     def __init__(self, vllm_config: VllmConfig, layout: ChunkLayout, config: Config) -> None:
         self._model = model_identity(vllm_config, layout, config)
         self._digest = self._model.digest
-        self._adapters: dict[tuple[str, str, int, int], bytes] = {}
+        self._adapters: dict[tuple[str, str, int], tuple[int, bytes]] = {}
 
     def new_generation(self) -> None:
-        """Nothing stored so far is found by this engine any more."""
-        self._model = replace(self._model, generation=self._model.generation + 1)
+        """From now on this engine finds nothing older, and nobody else finds what it stores."""
+        self._model = replace(self._model, generation=secrets.token_hex(16))
         self._digest = self._model.digest
 
     def namespace(self, request: Request) -> bytes:
@@ -53,13 +54,18 @@ class Identity:
     def _adapter(self, lora: LoRARequest) -> bytes:
         path = Path(lora.lora_path)
         changed = max((file.stat().st_mtime_ns for file in path.glob("adapter_*")), default=0)
-        known = (lora.lora_name, lora.lora_path, lora.lora_int_id, changed)
-        if known not in self._adapters:
+        loaded = (lora.lora_name, lora.lora_path, lora.lora_int_id)
+        if loaded not in self._adapters:
             settings = path / "adapter_config.json"
             if not settings.is_file():
                 raise UnsupportedModel(f"adapter {lora.lora_name}: no adapter_config.json in {path}")
-            self._adapters[known] = digest(settings.read_bytes(), fingerprint(path))
-        return self._adapters[known]
+            self._adapters[loaded] = (changed, digest(settings.read_bytes(), fingerprint(path)))
+        seen, adapter = self._adapters[loaded]
+        if seen != changed:  # the engine may still serve what it loaded before: nobody can tell which
+            raise UnsupportedModel(
+                f"adapter {lora.lora_name} has changed on disk: load it under another name or id"
+            )
+        return adapter
 
 
 def model_identity(vllm_config: VllmConfig, layout: ChunkLayout, config: Config) -> ModelIdentity:

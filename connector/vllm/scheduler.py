@@ -12,7 +12,6 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvstrata.connector.books import Outbox, Save, SaveBook, Stage
@@ -20,6 +19,7 @@ from kvstrata.connector.transfer import ChunkCopy, LoadJob
 from kvstrata.connector.vllm.compat import all_tokens, is_streaming_input, prompt_tokens, skips_prefix_cache
 from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
+from kvstrata.connector.vllm.requests import Loading, Lookup, Tracked
 from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import Answer, Call, Lost, NodeClient
 from kvstrata.core.config import ClientConfig
@@ -34,39 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvstrata.vllm")
 
-
-@dataclass(slots=True)
-class Lookup:
-    """One question to the store. `slots` is None until it has answered."""
-
-    lease: int
-    epoch: bytes
-    posted: float
-    slots: tuple[Slot, ...] | None = None
-
-
-@dataclass(slots=True)
-class Tracked:
-    """What is known of one request while the engine has it."""
-
-    request: Request
-    chain: KeyChain
-    lookup: Lookup | None = None
-    may_load: bool = True  # False once a load has failed: recompute, never try in circles
-    preemptions: int = 0  # those after which the store was asked again
-    blocks: list[int] = field(default_factory=list)
-    next_save: int = 0  # chunks before this one are stored, being saved, or were loaded
-
-
-@dataclass(slots=True)
-class Loading:
-    """A load that the workers have. It outlives an aborted request."""
-
-    request_id: str
-    lease: int
-    epoch: bytes
-    first_chunk: int
-    ranks_ended: int = 0
+_EXPIRY_EVERY_S = 1.0
 
 
 class SchedulerSide:
@@ -86,6 +54,8 @@ class SchedulerSide:
         self._tracked: dict[str, Tracked] = {}
         self._loading: dict[int, Loading] = {}
         self._lookups: dict[int, Tracked] = {}  # leases asked for or held, not yet given to a load
+        self._unanswered: set[int] = set()  # leases that the store may have granted already
+        self._next_expiry = 0.0
         self._saves = SaveBook()
         self._outbox = Outbox()
         self._update: Update | None = None  # the one that is under way
@@ -110,7 +80,7 @@ class SchedulerSide:
                 self._identity.extras(request, self._chunk_tokens),
             )
             chain.extend(tokens)
-        except (UnsupportedModel, OverflowError, OSError) as error:
+        except (UnsupportedModel, OverflowError, ValueError, OSError) as error:
             log.warning("request %s is not cached: %s", request.request_id, error)
             self.stats.count("bypassed_requests")
             return
@@ -127,6 +97,8 @@ class SchedulerSide:
         lease = next(self._numbers)
         tracked.lookup = Lookup(lease, session.epoch, time.monotonic())
         self._lookups[lease] = tracked
+        self._unanswered.add(lease)
+        tracked.ask_again = False
         call = Match(self._client.client, self._client.next_seq(), lease, tuple(keys))
         self._client.post(session, call)
 
@@ -160,13 +132,8 @@ class SchedulerSide:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption, or when half of the load's time was spent queueing."""
-        if tracked.preemptions < tracked.request.num_preemptions:
-            return True
-        lookup = tracked.lookup
-        return bool(
-            lookup and lookup.slots and time.monotonic() - lookup.posted > self._config.load_deadline / 2
-        )
+        """Whether to ask (again): after a preemption, or when the lookup has waited too long to be used."""
+        return tracked.ask_again or tracked.preemptions < tracked.request.num_preemptions
 
     def _loadable(self, tracked: Tracked) -> int:
         """Tokens, from the start, that the lookup found; whole blocks, and never the last token."""
@@ -183,9 +150,7 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         lookup = tracked.lookup if tracked else None
         if tracked is None or lookup is None or not lookup.slots:
-            if external:
-                self._fail_load(request.request_id, blocks, external)
-            return
+            return  # nothing was offered: `external` is 0
         if external == 0:
             self._release(tracked)
             return
@@ -202,18 +167,9 @@ class SchedulerSide:
         job = next(self._numbers)
         load = LoadJob(job, lookup.epoch, tuple(chunks), lookup.posted + self._config.load_deadline)
         self._new_loads.append((request.request_id, load))
-        self._loading[job] = Loading(request.request_id, lookup.lease, lookup.epoch, first_chunk)
+        self._loading[job] = Loading(request.request_id, lookup.lease, lookup.epoch, first_chunk, external)
         self._lookups.pop(lookup.lease)
         tracked.lookup = None
-        self.stats.count("loaded_tokens", external)
-
-    def _fail_load(self, request_id: str, blocks: list[int], external: int) -> None:
-        """The engine waits for a load that has no slots: one that fails at once, so that it recomputes."""
-        last = tuple(blocks[len(blocks) - external // self._block_tokens :])
-        job = next(self._numbers)
-        self._new_loads.append((request_id, LoadJob(job, b"", (ChunkCopy(b"", 0, 0, last),), expires=0.0)))
-        self._loading[job] = Loading(request_id, lease=0, epoch=b"", first_chunk=0)
-        self.stats.count("failed_loads")
 
     def _chunk_blocks(self, blocks: list[int], chunk: int, start: int, end: int) -> tuple[int, ...]:
         """Block ids of `chunk`; -1 for blocks outside tokens [start, end): shared, or yet to be computed."""
@@ -227,7 +183,9 @@ class SchedulerSide:
         """The workers' work of this step, and one message to the store."""
         self._wait_budget_s = self._config.lookup_wait
         idle = not output.total_num_scheduled_tokens
-        self._follow(self._client.session.epoch if self._client.session else None)
+        session = self._client.session  # another thread sets it
+        self._follow(session.epoch if session else None)
+        self._expire_lookups()
         self._collect(self._wait_budget_s if idle and (self._update or self._lookups) else 0.0)
         flush = self._flush_overwritten(self._taken_blocks(output))
         self._note_scheduled(output)
@@ -265,7 +223,9 @@ class SchedulerSide:
         ):
             if tracked := self._tracked.get(req_id):
                 added = list(ids[0]) if ids is not None else []
-                tracked.blocks = added if req_id in cached.resumed_req_ids else tracked.blocks + added
+                if req_id in cached.resumed_req_ids:
+                    tracked.blocks.clear()
+                tracked.blocks.extend(added)
                 self._save_complete(tracked, computed + scheduled[req_id])
 
     def _save_complete(self, tracked: Tracked, computed: int) -> None:
@@ -296,7 +256,7 @@ class SchedulerSide:
                 self._collect(self._wait_budget_s, until=save)
             if save.stage is Stage.WANTED:
                 self._give_up(save)
-            elif save.job in self._saves.saves:
+            elif save.stage is not Stage.OVER:
                 flush.append(save.job)
         return flush
 
@@ -320,7 +280,7 @@ class SchedulerSide:
         if blocks and request.num_computed_tokens and not self._is_loading(request.request_id):
             tracked.blocks = list(blocks)
             self._save_complete(tracked, min(request.num_computed_tokens, request.num_tokens - 1))
-        if tracked.next_save:
+        if tracked.next_save and self._client.session is not None:
             self._outbox.used.append(tuple(tracked.chain.keys[: tracked.next_save]))
 
     def _is_loading(self, request_id: str) -> bool:
@@ -333,13 +293,12 @@ class SchedulerSide:
             if save is None:
                 continue
             save.ranks_ended += ranks
-            if job in done.unsaved:
-                save.slot = None  # some rank's part is missing: not a chunk
+            save.failed = save.failed or job in done.unsaved  # some rank's part is missing: not a chunk
             if save.ranks_ended >= self._ranks:
                 self._saves.drop(job)
                 if save.epoch == self._epoch:
-                    (self._outbox.committed if save.slot else self._outbox.aborted).append(job)
-                self.stats.count("saved_chunks" if save.slot else "failed_saves")
+                    (self._outbox.aborted if save.failed else self._outbox.committed).append(job)
+                self.stats.count("failed_saves" if save.failed else "saved_chunks")
         for job, ranks in done.loaded.items():
             loading = self._loading.get(job)
             if loading is None:
@@ -349,6 +308,8 @@ class SchedulerSide:
                 self._load_failed(loading, done.failed_from[job])
             if loading.ranks_ended >= self._ranks:
                 del self._loading[job]
+                if job not in done.failed_from:
+                    self.stats.count("loaded_tokens", loading.tokens)
                 if loading.epoch == self._epoch:
                     self._outbox.released.append(loading.lease)
         self._outbox.corrupt += done.corrupt
@@ -402,6 +363,7 @@ class SchedulerSide:
                 self.stats.count("lost_saves")
 
     def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
+        self._unanswered.discard(call.lease)
         tracked = self._lookups.get(call.lease)
         lookup = tracked.lookup if tracked else None
         slots = answer.slots if isinstance(answer, Matched) else ()
@@ -418,7 +380,9 @@ class SchedulerSide:
                 self._outbox.released.append(call.lease)
         if isinstance(answer, Refused):
             self.stats.count(f"lookup_{answer.why.value}")
-        self.stats.count("lookups")
+        if isinstance(answer, Matched):
+            self.stats.count("lookups")
+            self.stats.count("lookups_cut_short", answer.being_written)
 
     def _release(self, tracked: Tracked) -> None:
         """The request's lookup is of no use any more; an answer that is still to come finds nobody."""
@@ -429,6 +393,18 @@ class SchedulerSide:
         del self._lookups[lookup.lease]
         if lookup.slots and lookup.epoch == self._epoch:
             self._outbox.released.append(lookup.lease)
+
+    def _expire_lookups(self) -> None:
+        """Give back what queued requests have held for half of a load's time; they will ask again."""
+        now = time.monotonic()
+        if now < self._next_expiry:
+            return
+        self._next_expiry = now + _EXPIRY_EVERY_S
+        oldest = now - self._config.load_deadline / 2
+        for tracked in list(self._lookups.values()):
+            if tracked.lookup and tracked.lookup.slots and tracked.lookup.posted < oldest:
+                self._release(tracked)
+                tracked.ask_again = True
 
     def _follow(self, epoch: bytes | None) -> None:
         """The books are about one store process. When another one answers, what the old one held is void."""
@@ -460,7 +436,9 @@ class SchedulerSide:
 
         Lookups without an answer count: the store may have leased already.
         """
-        leases = len(self._lookups) + sum(loading.epoch == self._epoch for loading in self._loading.values())
+        leases = len(self._unanswered | set(self._lookups)) + sum(
+            loading.epoch == self._epoch for loading in self._loading.values()
+        )
         jobs = sum(s.stage is not Stage.WANTED and s.epoch == self._epoch for s in self._saves.saves.values())
         return leases, jobs
 
@@ -471,7 +449,13 @@ class SchedulerSide:
         return bool(self._saves or self._update or self._outbox)
 
     def reset(self) -> None:
-        """Forget the cache: nothing stored so far is found again by this engine."""
+        """Forget the cache: nothing stored so far is found again by this engine.
+
+        Requests that are under way were keyed before: they go on without the store.
+        """
+        for tracked in self._tracked.values():
+            self._release(tracked)
+        self._tracked.clear()
         self._identity.new_generation()
 
     def close(self) -> None:

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from kvstrata.core.events import Why
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # Every counter there is, with its help text. A name that is not here is a bug.
 COUNTERS = {
     "lookups": "Lookups that the node store answered",
-    "lookup_busy": "Lookups refused because too much of the pool was leased",
-    "lookup_stale": "Lookups overtaken by a later call",
-    "lookup_stopped": "Lookups refused because the connection had ended",
-    "lookup_unknown_client": "Lookups refused because the node store does not know this engine",
-    "lookup_quarantine": "Lookups refused because this engine does not answer for slots it holds",
+    "lookups_cut_short": "Of these, lookups that ended at a chunk which was just being written",
     "slow_lookups": "Lookups given up because the answer came too late",
     "bypassed_requests": "Requests that cannot be cached",
     "loaded_tokens": "Prompt tokens loaded instead of computed",
@@ -26,15 +24,12 @@ COUNTERS = {
     "saved_chunks": "Chunks copied to the host pool",
     "failed_saves": "Chunks that could not be copied",
     "lost_saves": "Chunks whose blocks were reused before they had a slot",
-    "save_exists": "Chunks that were stored already",
-    "save_full": "Chunks not saved because the pool was full of chunks in use",
-    "save_not_ready": "Chunks not saved because the pool was not mapped yet",
-    "save_stopped": "Chunks not saved because the connection had ended",
-    "save_quarantine": "Chunks not saved because this engine does not answer for slots it holds",
     "bytes_loaded": "Bytes copied from the host pool",
     "bytes_saved": "Bytes copied to the host pool",
     "load_seconds": "Seconds spent copying from the host pool",
     "save_seconds": "Seconds spent copying to the host pool",
+    **{f"lookup_{why.value}": f"Lookups that the node store refused: {why.value}" for why in Why},
+    **{f"save_{why.value}": f"Chunks that got no slot: {why.value}" for why in Why},
 }
 
 

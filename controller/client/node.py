@@ -1,7 +1,7 @@
 """The scheduler side's client: one thread speaks gRPC, the caller never waits for the network.
 
 The caller posts calls and collects answers from a queue; a call costs it about 0.1 ms. While
-the store is absent, slow or restarting `up` is False and the caller treats everything as a miss.
+the store is absent, slow or restarting `session` is None and the caller treats everything as a miss.
 Calls that fail are answered with `Lost`: the store may or may not have seen them, so the caller
 gives back by id what they might have taken.
 """
@@ -23,7 +23,7 @@ from kvstrata.controller.client.segments import SideConnection
 from kvstrata.controller.node.launch import start_node
 from kvstrata.controller.paths import RuntimePaths, runtime_paths
 from kvstrata.controller.side import Hello
-from kvstrata.controller.wire import PROTOCOL, WHY_FROM_WIRE
+from kvstrata.controller.wire import PROTOCOL, why_from_wire
 from kvstrata.core.config import Config, as_tree
 from kvstrata.core.errors import KVStrataError, NodeUnavailable
 from kvstrata.core.events import Match, Matched, Refused, Update, Updated, Why
@@ -46,7 +46,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One stretch of being connected to one store process. Leases and jobs end with it."""
+    """One stretch of being connected. Leases and jobs belong to the store process, known by its epoch."""
 
     epoch: bytes
 
@@ -82,6 +82,7 @@ class NodeClient:
         self._session: Session | None = None
         self._side: SideConnection | None = None
         self._last_trouble = ""
+        self._failures = 0  # since the last session
         self._last_start = -_AUTOSTART_EVERY_S
         self._seq = 0
         self._thread = threading.Thread(target=self._run, name="kvstrata-client", daemon=True)
@@ -118,19 +119,17 @@ class NodeClient:
     # --- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
         while not self._closing.is_set():
             try:
                 paths = runtime_paths(self._config.node)
                 self._connected(paths)
-                failures = 0
             except (KVStrataError, OSError, grpc.RpcError) as error:
                 self._trouble(error)
-                failures += 1
+                self._failures += 1
             finally:
                 self._session = None
                 self._fail_waiting_calls()
-            self._closing.wait(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
+            self._closing.wait(_RETRY_S[min(self._failures, len(_RETRY_S) - 1)])
 
     def _connected(self, paths: RuntimePaths) -> None:
         """One session, from connecting to the first failed call."""
@@ -141,7 +140,7 @@ class NodeClient:
             try:
                 session = self._open(stub)
                 self._session = session
-                self._last_trouble = ""
+                self._last_trouble, self._failures = "", 0
                 self._serve(stub, session)
             finally:
                 if self._closing.is_set():
@@ -183,7 +182,7 @@ class NodeClient:
                 + "; ".join(reply.conflicts)
                 + ". Set them alike, or use another node.runtime_dir"
             )
-        if WHY_FROM_WIRE.get(reply.refused) is Why.POOL_TOO_SMALL:
+        if why_from_wire(reply.refused) is Why.POOL_TOO_SMALL:
             raise NodeUnavailable(
                 f"one chunk of this model needs {self._slot_bytes} bytes, the host pool has "
                 f"{reply.pool_bytes}: raise host.size or lower chunk.tokens"
@@ -211,7 +210,7 @@ class NodeClient:
                 self._answers.put((session, call, Lost()))
                 raise
             self._answers.put((session, call, answer))
-            if isinstance(answer, Refused) and answer.why in (Why.UNKNOWN_CLIENT, Why.STOPPED):
+            if isinstance(answer, Refused) and answer.why is Why.UNKNOWN_CLIENT:
                 raise ConnectionResetError("the node store wants this engine to introduce itself again")
 
     def _fail_waiting_calls(self) -> None:
@@ -252,16 +251,16 @@ def _send(stub: node_pb2_grpc.NodeStoreStub, call: Call, slot_bytes: int, deadli
         )
         reply = stub.Match(request, timeout=deadline_s)
         if reply.refused:
-            return Refused(WHY_FROM_WIRE[reply.refused])
+            return Refused(why_from_wire(reply.refused))
         return Matched(tuple(Slot(s.segment, s.offset, slot_bytes) for s in reply.slots), reply.being_written)
     update = stub.Update(_update_request(call), timeout=deadline_s)
     if update.refused:
-        return Refused(WHY_FROM_WIRE[update.refused])
+        return Refused(why_from_wire(update.refused))
     return Updated(
         tuple(
             Slot(grant.slot.segment, grant.slot.offset, slot_bytes)
             if grant.HasField("slot")
-            else WHY_FROM_WIRE[grant.why]
+            else why_from_wire(grant.why)
             for grant in update.grants
         )
     )

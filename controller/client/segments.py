@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvstrata.controller.paths import runtime_paths
 from kvstrata.controller.side import Hello, receive_message, send_message
 from kvstrata.core.config import NodeConfig
-from kvstrata.core.errors import NodeUnavailable
+from kvstrata.core.errors import KVStrataError
 from kvstrata.storage_backends.host import Mapping, map_segment, unmap_segment
 
 log = logging.getLogger("kvstrata.client")
@@ -55,10 +56,11 @@ class SideConnection:
                 "protocol": hello.protocol,
             }
             send_message(self._sock, {"hello": fields}, [pidfd])
-            answer = receive_message(self._sock)
-            if answer is None:
-                raise ConnectionError("the node store refused the hello; its log says why")
-            self.epoch = bytes.fromhex(answer[0]["welcome"]["epoch"])
+            try:
+                answer = receive_message(self._sock)
+            except ValueError as error:
+                raise ConnectionError(f"not a node store's answer: {error}") from error
+            self.epoch = _welcome(answer[0] if answer else {})
             self._sock.settimeout(None)
         except BaseException:
             self._sock.close()
@@ -95,6 +97,14 @@ class SideConnection:
         except OSError:
             log.debug("the node store was gone before the bye")
         self._sock.close()
+
+
+def _welcome(message: dict[str, Any]) -> bytes:
+    """The store's epoch. Raises ConnectionError if this is no welcome."""
+    try:
+        return bytes.fromhex(message["welcome"]["epoch"])
+    except (KeyError, TypeError, ValueError):
+        raise ConnectionError("the node store refused the hello; its log says why") from None
 
 
 @dataclass(slots=True)
@@ -166,7 +176,7 @@ class SegmentMap:
         while not self._closing.is_set():
             try:
                 connection = SideConnection(self._side_socket(), self._hello)
-            except (OSError, NodeUnavailable):
+            except (OSError, KVStrataError):
                 self._closing.wait(self._retry_s)
                 continue
             with self._lock:
@@ -188,16 +198,27 @@ class SegmentMap:
                 log.warning("unexpected side message %s", sorted(message))
                 return
             segment, nbytes = int(offered["id"]), int(offered["nbytes"])
-            mapping = map_segment(fds[0], nbytes)
-            self._on_mapped(mapping)
             with self._lock:
-                self._generations[connection.epoch].segments[segment] = _Mapped(mapping)
+                known = segment in self._generations[connection.epoch].segments
+            if not known:  # after a reconnection to the same store it may still be mapped
+                mapping = self._map(fds[0], nbytes)
+                with self._lock:
+                    self._generations[connection.epoch].segments[segment] = _Mapped(mapping)
             connection.send({"registered": segment})
-        except OSError as error:
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             log.warning("segment of the host pool not usable: %s", error)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _map(self, fd: int, nbytes: int) -> Mapping:
+        mapping = map_segment(fd, nbytes)
+        try:
+            self._on_mapped(mapping)
+        except BaseException:
+            unmap_segment(mapping)
+            raise
+        return mapping
 
     def _sweep(self) -> None:
         """Unmap what belongs to a store that is gone and nobody copies. The lock is held."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstrata.controller.side import Hello, receive_message, send_message
-from kvstrata.core.events import ClientGone, ClientStopped, Event, SegmentRegistered
+from kvstrata.core.events import ClientGone, ClientResumed, ClientStopped, Event, SegmentRegistered
 
 log = logging.getLogger("kvstrata.node")
 
@@ -147,7 +147,13 @@ class SideServer:
             if len(fds) != 1 or "Pid:" not in Path(f"/proc/self/fdinfo/{fds[0]}").read_text():
                 raise ValueError("a hello brings exactly one pidfd")
             connection.hello, connection.pidfd = hello, fds[0]
-            self.connections.setdefault(hello.client, []).append(connection)
+            group = self.connections.setdefault(hello.client, [])
+            for earlier in [member for member in group if _same_process(member, hello) and not member.open]:
+                self._forget_process(earlier)  # its connection broke: the process now answers on this one
+                group.remove(earlier)
+            group.append(connection)
+            if all(member.open for member in group):
+                self._apply(ClientResumed(hello.client))
             asyncio.get_running_loop().add_reader(fds[0], self._exited, connection)
             send_message(connection.sock, {"welcome": {"epoch": self._epoch.hex()}})
             self.offer_segments()
@@ -194,3 +200,9 @@ class SideServer:
             asyncio.get_running_loop().remove_reader(connection.pidfd)
             os.close(connection.pidfd)
             connection.pidfd = None
+
+
+def _same_process(connection: Connection, hello: Hello) -> bool:
+    """A client's name is that of one engine's life, so role and rank name one process of it."""
+    known = connection.hello
+    return known is not None and (known.role, known.rank) == (hello.role, hello.rank)

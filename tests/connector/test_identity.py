@@ -56,6 +56,14 @@ def test_weights_that_cannot_be_read_are_refused_with_a_way_out(tmp_path: Path) 
         fingerprint(tmp_path)
 
 
+def test_weights_that_are_being_written_are_refused(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UnsupportedModel, match="header"):
+        fingerprint(folder)
+
+
 def request(**fields: Any) -> Any:
     plain: dict[str, Any] = {"lora_request": None, "cache_salt": None, "mm_features": []}
     return SimpleNamespace(**(plain | fields))
@@ -95,11 +103,16 @@ def test_adapters_and_salts_have_namespaces_of_their_own(identity: Identity, tmp
     assert identity.namespace(request(lora_request=same)) == spaces[2]  # content, not name
 
 
-def test_an_adapter_that_changed_on_disk_is_another_one(identity: Identity, tmp_path: Path) -> None:
+def test_an_adapter_that_changed_on_disk_is_not_cached_until_it_has_another_name(
+    identity: Identity, tmp_path: Path
+) -> None:
     lora = adapter(tmp_path / "lora", 1)
     before = identity.namespace(request(lora_request=lora))
     shutil.rmtree(tmp_path / "lora")
     adapter(tmp_path / "lora", 2)
+    with pytest.raises(UnsupportedModel, match="has changed on disk"):  # vLLM may still serve the old one
+        identity.namespace(request(lora_request=lora))
+    lora.lora_int_id = 2
     assert identity.namespace(request(lora_request=lora)) != before
 
 

@@ -261,9 +261,6 @@ def test_after_a_failure_the_thread_goes_on(transfer: Transfer, copier: Copier) 
     assert [found[job].ok for job in range(1, 6)] == [False, False, False, True, True]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an error that is no ValueError ends the thread: no report, flush hangs"
-)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_a_copy_raises_the_job_is_reported(copier: Copier, segments: Segments) -> None:
     copier.faults[key(1)] = RuntimeError("the device has gone")

@@ -138,13 +138,10 @@ def says(data: bytes) -> Callable[[socket.socket], None]:
 
 
 StartFake = Callable[[Callable[[socket.socket], None]], FakeSide]
-escapes = pytest.mark.xfail(
-    strict=True, reason="an answer that is no welcome ends the thread: the engine never asks again"
-)
 WELCOMES = [
     pytest.param(b"", id="hangs up"),
-    pytest.param(b"no JSON", id="no JSON", marks=escapes),
-    pytest.param(b"{}", id="empty", marks=escapes),
+    pytest.param(b"no JSON", id="no JSON"),
+    pytest.param(b"{}", id="empty"),
 ]
 
 
@@ -183,7 +180,6 @@ class Stub:
     Update = Match
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="a reason of a newer store ends the client's thread")
 @pytest.mark.parametrize(
     ("call", "reply"),
     [
@@ -308,7 +304,6 @@ def test_a_segment_that_cannot_be_mapped_is_not_registered(worker: Worker, memor
 
 
 @unhandled
-@pytest.mark.xfail(strict=True, reason="an offer with other fields ends the thread: no segment ever again")
 @pytest.mark.parametrize("offer", [{"id": 1}, {"id": "x", "nbytes": 1}])
 def test_an_offer_with_other_fields_is_passed_over(worker: Worker, memory: int, offer: Any) -> None:
     worker.offer({"segment": offer}, memory)
@@ -317,7 +312,6 @@ def test_an_offer_with_other_fields_is_passed_over(worker: Worker, memory: int, 
 
 
 @unhandled
-@pytest.mark.xfail(strict=True, reason="the mapping stays for ever; what is no OSError ends the thread too")
 @pytest.mark.parametrize("error", [OSError("cannot pin"), RuntimeError("cannot pin")])
 def test_a_segment_that_the_device_refuses_is_neither_registered_nor_kept(
     fake_side: StartFake, runtime_dir: Path, memory: int, error: Exception
@@ -349,7 +343,6 @@ def test_segments_of_a_lost_connection_are_unmapped_once_nobody_uses_them(
         assert worker.mapping(1) == mapping
 
 
-@pytest.mark.xfail(strict=True, reason="the mapping in use is replaced in the table and never unmapped")
 def test_a_segment_offered_again_while_it_is_used_is_mapped_once(worker: Worker, memory: int) -> None:
     worker.offer(segment(1), memory)
     worker.said()

@@ -16,7 +16,7 @@ import pytest
 
 from kvstrata.controller.node.launch import start_node
 from kvstrata.controller.side import PROTOCOL as SIDE_PROTOCOL
-from kvstrata.controller.wire import PROTOCOL, WHY_FROM_WIRE, WHY_TO_WIRE
+from kvstrata.controller.wire import PROTOCOL, WHY_TO_WIRE, why_from_wire
 from kvstrata.core.errors import NodeUnavailable
 from kvstrata.core.events import Matched, Refused, Why
 from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
@@ -68,8 +68,8 @@ def test_an_engine_finds_what_another_has_stored(store: RunningStore, engines: S
 
 
 def test_every_reason_survives_the_wire(store: RunningStore, engine: Engine) -> None:
-    assert {WHY_FROM_WIRE[WHY_TO_WIRE[why]] for why in Why} == set(Why)
-    assert 0 not in WHY_FROM_WIRE
+    assert {why_from_wire(WHY_TO_WIRE[why]) for why in Why} == set(Why)
+    assert why_from_wire(999) is Why.OTHER
     engine.reserve(key(10))
     assert engine.update(reserve=[key(10)]) == [Why.EXISTS]
     said, engine.client._seq = engine.client._seq, 0
@@ -216,7 +216,7 @@ def test_a_configuration_that_is_none_is_refused(store: RunningStore, engine: En
 def test_a_foreign_protocol_is_told_both_versions_and_the_remedy(store: RunningStore) -> None:
     _, details = refusal(store, "Open", opening(protocol=99, version="9.9"))
     assert "kvstrata 9.9 speaks protocol 99" in details
-    assert "`kvstrata node --stop`" in details
+    assert "`kvstrata node --stop --force`" in details
 
 
 def test_a_message_of_five_mebibytes_is_refused(store: RunningStore) -> None:

@@ -99,6 +99,40 @@ def test_the_end_of_a_connection_stops_grants_and_frees_nothing(
     assert shared_store.problems() == []
 
 
+def break_connection(store: RunningStore, engine: Engine) -> None:
+    """The store hangs up on the engine's worker, which comes back by itself."""
+    connection = engine.segments[0]._connection
+    assert connection is not None
+    connection._sock.send(b"not a message")
+    wait_for("the store to hang up", lambda: is_stopped(store, engine.name), SECONDS)
+
+
+def test_an_engine_whose_worker_comes_back_is_served_again(
+    node_store: StartStore, engines: StartEngine
+) -> None:
+    store = node_store()
+    engine = engines(store.config, "returning")
+    engine.reserve(key(22))
+    break_connection(store, engine)
+    assert engine.match(key(22)) == Refused(Why.STOPPED)
+    wait_for("it to be introduced again", lambda: not is_stopped(store, "returning"))
+    engine.update(committed=list(engine.jobs))
+    assert engine.match(key(22)) != Matched((), being_written=False)
+
+
+def test_a_bye_frees_everything_though_a_connection_once_broke(
+    node_store: StartStore, engines: StartEngine
+) -> None:
+    store = node_store()
+    engine = engines(store.config, "scarred")
+    engine.reserve(key(23))
+    break_connection(store, engine)
+    worker = engine.segments[0]
+    wait_for("the worker to come back", lambda: worker._connection)
+    engine.close()
+    wait_for("its claims to be freed", lambda: store.engine("scarred") is None, 1.0)
+
+
 def test_after_bye_nothing_is_held(shared_store: RunningStore, processes: StartProcess) -> None:
     engine = processes(shared_store.config, "polite")
     engine.do("reserve", 30)

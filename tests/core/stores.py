@@ -9,6 +9,7 @@ from kvstrata.core.events import (
     Action,
     ClientGone,
     ClientOpened,
+    ClientResumed,
     ClientStopped,
     GrowPool,
     GrowthFailed,
@@ -163,6 +164,9 @@ class Engine:
         self.register_all()  # the pool may have grown
         assert all(isinstance(grant, Slot) for grant in grants), grants
         self.tell(committed=tuple(set(self.jobs) - before))
+
+    def resume(self) -> None:
+        self.store.step(ClientResumed(self.name))
 
     def stop(self) -> None:
         self.store.step(ClientStopped(self.name))

@@ -35,7 +35,7 @@ trees = st.fixed_dictionaries(
             {},
             optional={
                 "lookup_wait": st.floats(0, 1e3),
-                "load_deadline": times,
+                "load_deadline": st.floats(1.0, 90.0),
                 "copy_threads": st.integers(1, 8),
                 "save": st.booleans(),
             },

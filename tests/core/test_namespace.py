@@ -63,7 +63,7 @@ def test_an_adapter_is_another_namespace_and_no_salt() -> None:
 
 
 def test_a_new_generation_shares_nothing_with_the_one_before() -> None:
-    after = dataclasses.replace(MODEL, generation=MODEL.generation + 1)
+    after = dataclasses.replace(MODEL, generation="another")
     assert namespace_digest(after.digest) != namespace_digest(MODEL.digest)
 
 
@@ -163,8 +163,8 @@ def test_a_small_tensor_is_read_whole(size: int) -> None:
     assert sample_windows(size, [(0, size)], window=256, windows=4) == [(0, size)]
 
 
-def test_samples_of_a_large_tensor_are_few_and_spread() -> None:
+def test_samples_of_a_large_tensor_are_one_for_each_mib_and_spread() -> None:
     reads = sample_windows(1 << 30, [(0, 1 << 30)], window=256, windows=4)
-    assert len(reads) == 4
+    assert len(reads) == 1024
     gaps = [after[0] - before[0] for before, after in itertools.pairwise(reads)]
     assert max(gaps) - min(gaps) <= 1

@@ -333,7 +333,9 @@ def test_an_engine_whose_connection_ended_gets_nothing_and_may_still_report(
 def test_an_engine_that_comes_back_has_what_it_had(store: Store, engine: Engine) -> None:
     engine.reserve(1)
     engine.stop()
-    engine.open()
+    engine.open()  # introducing itself is not enough while a connection is missing
+    assert engine.ask(1) == Refused(Why.STOPPED)
+    engine.resume()
     engine.tell(committed=tuple(engine.jobs))
     assert len(engine.match(1)) == 1
 
@@ -393,7 +395,6 @@ def test_an_engine_gives_back_by_number_what_a_lost_answer_granted(store: Store,
     assert store.free + 1 == store.total
 
 
-@pytest.mark.xfail(strict=True, reason="a second lease of the same number hides the first for ever")
 def test_a_lease_number_used_twice_loses_no_slot(store: Store, engine: Engine) -> None:
     engine.save(1, 2)
     for seq, number in enumerate((1, 2), start=engine.seq + 1):
@@ -402,7 +403,6 @@ def test_a_lease_number_used_twice_loses_no_slot(store: Store, engine: Engine) -
     assert audit(store.planner) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a second job of the same number hides the first for ever")
 def test_a_job_number_used_twice_loses_no_slot(store: Store, engine: Engine) -> None:
     reserve = ((77, key(1)), (77, key(2)))
     store.planner.step(Update(engine.name, engine.seq + 1, reserve=reserve), 0)

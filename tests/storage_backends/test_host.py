@@ -212,7 +212,6 @@ def test_mapping_a_descriptor_that_is_no_memory_is_refused(pipe: int) -> None:
         map_segment(pipe, mmap.PAGESIZE)
 
 
-@pytest.mark.xfail(strict=True, reason="the reserved addresses are not given back")
 def test_mapping_that_fails_takes_no_addresses(pipe: int) -> None:
     def addresses() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE

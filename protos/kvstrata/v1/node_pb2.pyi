@@ -18,6 +18,7 @@ class Why(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WHY_QUARANTINE: _ClassVar[Why]
     WHY_BUSY: _ClassVar[Why]
     WHY_POOL_TOO_SMALL: _ClassVar[Why]
+    WHY_OTHER: _ClassVar[Why]
 WHY_UNSPECIFIED: Why
 WHY_EXISTS: Why
 WHY_FULL: Why
@@ -28,6 +29,7 @@ WHY_STOPPED: Why
 WHY_QUARANTINE: Why
 WHY_BUSY: Why
 WHY_POOL_TOO_SMALL: Why
+WHY_OTHER: Why
 
 class OpenRequest(_message.Message):
     __slots__ = ("protocol", "client", "slot_bytes", "workers", "config_json", "version")
