@@ -202,7 +202,7 @@ class Planner:
         if not client.usable:
             return Why.NOT_READY
         slot = self.slots.take(client.slot_bytes, client.usable)
-        if slot is None and self._evict(client, now):
+        if slot is None and (self._evict(client, now) or self._reclass(client.slot_bytes)):
             slot = self.slots.take(client.slot_bytes, client.usable)
         if slot is None:
             self.counters["refused_full"] += 1
@@ -232,14 +232,13 @@ class Planner:
         if nbytes >= slot_bytes and now >= self._grow_again_at:
             self._growing = True
             return [GrowPool(nbytes, slot_bytes)]
-        self._reclass(slot_bytes)
         return []
 
-    def _reclass(self, slot_bytes: int) -> None:
+    def _reclass(self, slot_bytes: int) -> bool:
         """Give a segment to a slot size that has none, taking the one least used from the others."""
         segments = self.slots.segments.values()
-        if any(segment.slot_bytes == slot_bytes for segment in segments):
-            return
+        if self._growing or any(segment.slot_bytes == slot_bytes for segment in segments):
+            return False
         entries: dict[int, list[Entry]] = {segment.id: [] for segment in segments}
         for entry in self.catalogue:
             entries[entry.slot.segment].append(entry)
@@ -250,7 +249,8 @@ class Planner:
                     self.catalogue.drop(entry)
                     self.counters["evicted_chunks"] += 1
                 self.slots.reclass(segment.id, slot_bytes)
-                return
+                return True
+        return False
 
     def _register(self, event: SegmentRegistered) -> None:
         client = self.clients.get(event.client)

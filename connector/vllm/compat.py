@@ -62,9 +62,14 @@ def calculates_kv_scales(config: VllmConfig) -> bool:
 
 def model_settings(config: VllmConfig) -> dict[str, str]:
     """Engine options that change what a model computes without being in its own config."""
-    model = config.model_config
-    names = ("override_attention_dtype", "disable_sliding_window")
-    return {name: str(value) for name in names if (value := getattr(model, name, None)) is not None}
+    model = ("override_attention_dtype", "disable_sliding_window", "quantization_config")
+    load = ("load_format", "ignore_patterns", "model_loader_extra_config")
+    return {
+        name: str(value)
+        for names, part in ((model, config.model_config), (load, config.load_config))
+        for name in names
+        if (value := getattr(part, name, None)) is not None
+    }
 
 
 def instance_id(config: VllmConfig) -> str:

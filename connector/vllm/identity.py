@@ -30,7 +30,7 @@ class Identity:
     def __init__(self, vllm_config: VllmConfig, layout: ChunkLayout, config: Config) -> None:
         self._model = model_identity(vllm_config, layout, config)
         self._digest = self._model.digest
-        self._adapters: dict[tuple[str, str, int], tuple[int, bytes]] = {}
+        self._adapters: dict[tuple[str, str, int], tuple[object, bytes]] = {}
 
     def new_generation(self) -> None:
         """From now on this engine finds nothing older, and nobody else finds what it stores."""
@@ -53,7 +53,8 @@ class Identity:
 
     def _adapter(self, lora: LoRARequest) -> bytes:
         path = Path(lora.lora_path)
-        changed = max((file.stat().st_mtime_ns for file in path.glob("adapter_*")), default=0)
+        files = [(file.name, file.stat()) for file in sorted(path.glob("adapter_*"))]
+        changed = tuple((name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in files)
         loaded = (lora.lora_name, lora.lora_path, lora.lora_int_id)
         if loaded not in self._adapters:
             settings = path / "adapter_config.json"

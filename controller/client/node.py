@@ -130,6 +130,8 @@ class NodeClient:
                 self._session = None
                 self._fail_waiting_calls()
             self._closing.wait(_RETRY_S[min(self._failures, len(_RETRY_S) - 1)])
+        self._drop_side(bye=True)  # where no session was left to say it in
+        self._drop_side(bye=True)
 
     def _connected(self, paths: RuntimePaths) -> None:
         """One session, from connecting to the first failed call."""

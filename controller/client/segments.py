@@ -184,7 +184,7 @@ class SegmentMap:
                 self._generations.setdefault(connection.epoch, _Generation()).over = False
             while not self._closing.is_set() and (received := connection.receive()) is not None:
                 self._handle(connection, *received)
-            connection.close(bye=False)
+            connection.close(bye=self._closing.is_set())
             with self._lock:
                 self._connection = None
                 self._generations[connection.epoch].over = True

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+from kvstrata.controller.paths import runtime_paths
 from kvstrata.core.config import Config, as_tree
 from kvstrata.core.errors import NodeUnavailable
 
@@ -35,11 +37,16 @@ def start_node(config: Config) -> None:
         NodeUnavailable: it could not be started; the message is what it printed.
     """
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    # Nothing is imported from the folder that the engine happens to run in.
+    environment["PYTHONSAFEPATH"] = "1"
+    folder = str(runtime_paths(config.node).folder)
+    config = replace(config, node=replace(config.node, runtime_dir=folder))
     try:
         done = subprocess.run(
             [sys.executable, "-m", "kvstrata.controller.node", "--daemon"],
             input=json.dumps(as_tree(config)) + "\n",
             env=environment,
+            cwd="/",
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -21,6 +21,8 @@ from kvstrata.core.events import ClientGone, ClientResumed, ClientStopped, Event
 
 log = logging.getLogger("kvstrata.node")
 
+_ACCEPT_PAUSE_S = 1.0
+
 
 @dataclass(eq=False, slots=True)
 class Connection:
@@ -66,7 +68,7 @@ class SideServer:
         self._path.chmod(self._mode)
         self._listener.listen(64)
         self._listener.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+        self._listen()
 
     def close(self) -> None:
         loop = asyncio.get_running_loop()
@@ -113,8 +115,19 @@ class SideServer:
                 return
             connection.sent.add(segment)
 
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:  # out of descriptors, most likely: the listener stays readable
+            log.error("cannot accept a side connection, pausing: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener.fileno())
+            loop.call_later(_ACCEPT_PAUSE_S, self._listen)
+            return
         sock.setblocking(False)
         connection = Connection(sock)
         asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, connection)

@@ -135,10 +135,23 @@ def test_a_dropped_chunk_keeps_its_slot_for_its_readers(store: Store, engine: En
 def test_waiting_requests_cannot_lease_the_whole_pool(store: Store, engine: Engine) -> None:
     engine.save(*range(1, 5))
     engine.save(*range(5, 9))
-    assert len(engine.match(1, 2, 3, 4, 5, 6)) == 6  # three quarters of eight
+    assert len(engine.match(*range(1, 9))) == 6, "three quarters of eight, the rest is computed"
     assert engine.ask(7) == Refused(Why.BUSY)
     engine.tell(released=tuple(engine.leases))
     assert len(engine.match(7)) == 1
+
+
+def test_what_is_leased_already_may_be_leased_by_all(store: Store, engine: Engine) -> None:
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    other = store.engine("other")
+    for _ in range(3):
+        assert len(engine.match(1, 2, 3, 4, 5, 6)) == 6
+        assert len(other.match(1, 2, 3, 4, 5, 6, 7)) == 6
+    engine.tell(released=tuple(engine.leases))
+    assert other.ask(7) == Refused(Why.BUSY), "the other still reads six"
+    other.tell(released=tuple(other.leases))
+    assert len(other.match(7)) == 1
 
 
 # ------------------------------------------------------------------------------------------ eviction
@@ -219,13 +232,19 @@ def test_one_segment_is_asked_for_at_a_time() -> None:
     assert planner.step(ClientOpened("two", SLOT, 1), 0) == []
 
 
-def test_a_host_without_memory_is_asked_once(store: Store) -> None:
+def test_a_host_without_memory_is_asked_again_after_a_while(store: Store) -> None:
     store.can_grow = False
     engine = Engine(store, "engine", SLOT, workers=1)
     engine.open()
+    store.tick(29)
     engine.open()
     assert engine.reserve(1) == [Why.NOT_READY]
     assert len(store.asked) == 1
+    store.can_grow = True
+    store.tick(2)
+    engine.reserve(1)
+    engine.register_all()
+    assert isinstance(engine.reserve(1)[0], Slot)
 
 
 def test_a_pool_smaller_than_a_slot_is_refused(store: Store) -> None:
@@ -256,8 +275,17 @@ def test_a_segment_with_readers_or_writers_keeps_its_slot_size(store: Store, eng
     large = store.engine("large", slot_bytes=2 * SLOT)
     assert large.reserve(100) == [Why.FULL]
     engine.tell(released=tuple(engine.leases), aborted=tuple(engine.jobs))
-    large.reserve(100)
     assert isinstance(large.reserve(100)[0], Slot)
+
+
+def test_two_slot_sizes_on_one_segment_do_not_starve_each_other() -> None:
+    store = Store(slots=4)
+    small, large = store.engine("small"), store.engine("large", slot_bytes=2 * SLOT)
+    for number in range(10):
+        assert isinstance(small.reserve(number)[0], Slot)
+        small.tell(aborted=tuple(small.jobs))
+        assert isinstance(large.reserve(100 + number)[0], Slot)
+        large.tell(aborted=tuple(large.jobs))
 
 
 # ------------------------------------------------------------------------------------ overdue and gone

@@ -20,9 +20,12 @@ def damage_pool(pid: int, step: int = 4096) -> int:
     """Flip a bit in every page of the store's segments; returns how many were flipped."""
     flipped = 0
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:kvstrata" not in os.readlink(descriptor):
+        try:
+            fd = os.open(descriptor, os.O_RDWR) if "memfd:kvstrata" in os.readlink(descriptor) else None
+        except FileNotFoundError:  # closed since it was listed
             continue
-        fd = os.open(descriptor, os.O_RDWR)
+        if fd is None:
+            continue
         for offset in range(0, os.fstat(fd).st_size, step):
             byte = os.pread(fd, 1, offset + 100)
             os.pwrite(fd, bytes([byte[0] ^ 0x10]), offset + 100)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvstrata.controller.client import Answer, Call, Lost
-from kvstrata.core.events import Action, GrowPool
+from kvstrata.core.events import Action, GrowPool, Refused, Why
+from tests.sim.store import SCHEDULER
 
 if TYPE_CHECKING:
     from tests.sim.engine import SimEngine
@@ -24,6 +25,7 @@ class SimClient:
 
     def __init__(self, engine: SimEngine) -> None:
         self._engine, self._process = engine, engine.process
+        self.rank = SCHEDULER
         self.session: bytes | None = None
         self.answers: deque[tuple[bytes, Call, Answer]] = deque()
         self.seq = 0
@@ -50,7 +52,7 @@ class SimClient:
     def _connect(self) -> None:
         store = self._engine.world.store
         if self._store is not store:
-            store.connected(self._engine)
+            store.hello(self._engine, SCHEDULER)
             self._store = store
         self._request(
             lambda: store.open(self._engine), lambda opened: self._opened(store, opened), self._lost
@@ -90,6 +92,8 @@ class SimClient:
 
         def answered(answer: object) -> None:
             self.answers.append((epoch, call, answer))  # type: ignore[arg-type]
+            if answer == Refused(Why.UNKNOWN_CLIENT):
+                self._lost()  # the store wants to be told again who asks
             self._send_next()
 
         def lost() -> None:

@@ -10,6 +10,7 @@ from kvstrata.core.events import (
     Action,
     ClientGone,
     ClientOpened,
+    ClientResumed,
     ClientStopped,
     Event,
     GrowPool,
@@ -28,16 +29,18 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 TICK_S = 1.0
+SCHEDULER = -1  # its rank on the side socket
 
 
 class SimStore(Process):
-    """One life of the node store. `engines`: those whose scheduler side is connected."""
+    """One life of the node store."""
 
     def __init__(self, world: World, planner: Planner, epoch: bytes) -> None:
         super().__init__(world.clock)
         self.world, self.planner, self.epoch = world, planner, epoch
         self.memory = Memory(world.wrong)
-        self.engines: dict[str, SimEngine] = {}
+        self.engines: dict[str, SimEngine] = {}  # that have said hello
+        self._connections: dict[str, dict[int, bool]] = {}  # engine -> rank -> whether it is open
         self.opened: set[str] = set()
         self._sent: set[tuple[str, int, int]] = set()  # engine, rank, segment
         self._tick()
@@ -86,12 +89,39 @@ class SimStore(Process):
 
     # --- side connections: in order, never lost ----------------------------------------------
 
-    def connected(self, engine: SimEngine) -> None:
+    def hello(self, engine: SimEngine, rank: int) -> None:
+        """A process of an engine has connected, or is back after its connection broke."""
         self.engines[engine.name] = engine
+        self._sent = {sent for sent in self._sent if sent[:2] != (engine.name, rank)}
+        connections = self._connections.setdefault(engine.name, {})
+        connections[rank] = True
+        if all(connections.values()):
+            self.apply(ClientResumed(engine.name))
+        self.offer_segments()
+
+    def hang_up(self, name: str, rank: int) -> bool:
+        """One connection breaks, its process lives. False: there is none."""
+        if not self._connections.get(name, {}).get(rank):
+            return False
+        self._connections[name][rank] = False
+        self.apply(ClientStopped(name))
+        return True
+
+    def disconnected(self, name: str) -> None:
+        """All connections of an engine have ended."""
+        self._connections[name] = dict.fromkeys(self._connections.get(name, ()), False)
+        self.apply(ClientStopped(name))
+
+    def gone(self, name: str) -> None:
+        """All processes of an engine have, and no device works for them any more."""
+        self.engines.pop(name, None)
+        self._connections.pop(name, None)
+        self.opened.discard(name)
+        self.apply(ClientGone(name))
 
     def open(self, engine: SimEngine) -> bool:
         """Open comes after the hello: one that arrives when its sender is gone opens nothing."""
-        if engine.name not in self.engines:
+        if not self._connections.get(engine.name, {}).get(SCHEDULER):
             return False
         self.apply(ClientOpened(engine.name, engine.slot_bytes, len(engine.workers)))
         self.opened.add(engine.name)
@@ -101,7 +131,7 @@ class SimStore(Process):
     def offer_segments(self) -> None:
         for name in sorted(self.opened & set(self.engines)):
             for worker in self.engines[name].workers:
-                if worker.store is not self:
+                if not self._connections[name].get(worker.rank):
                     continue
                 for segment in self.planner.slots.segments:
                     if (name, worker.rank, segment) not in self._sent:
@@ -110,12 +140,3 @@ class SimStore(Process):
 
     def registered(self, name: str, rank: int, segment: int) -> None:
         self.apply(SegmentRegistered(name, rank, segment))
-
-    def disconnected(self, name: str) -> None:
-        self.engines.pop(name, None)
-        self.apply(ClientStopped(name))
-
-    def gone(self, name: str) -> None:
-        self.engines.pop(name, None)
-        self.opened.discard(name)
-        self.apply(ClientGone(name))

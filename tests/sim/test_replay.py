@@ -38,7 +38,7 @@ SEEN_AT_LEAST = {
     "overdue_slots": 200,
     "late_commits": 30,
     "reclaimed_claims": 200,
-    "refused_busy": 50,
+    "refused_busy": 10,
     "refused_full": 300,
     "refused_not_ready": 100,
     "refused_quarantine": 10,

@@ -50,8 +50,11 @@ class SimWorker(Process):
         store = self.engine.world.store
         if self.store is not store:
             self.store = store
-            store.offer_segments()
+            store.hello(self.engine, self.rank)
         self.later(0.5, self._connect)
+
+    def side_broke(self) -> None:
+        self.store = None
 
     def offered(self, store: SimStore, segment: int) -> None:
         def registered() -> None:

@@ -143,12 +143,12 @@ class World:
         self.store = self._new_store()
 
     def _break_connection(self) -> None:
-        """The store hangs up on a living engine."""
+        """The store hangs up on a process of a living engine, which comes back."""
         if self.engines:
             engine = self.random.choice(self.engines)
-            if engine.name in self.store.engines:
-                self.store.disconnected(engine.name)
-                engine.client.side_broke()
+            end = self.random.choice([engine.client, *engine.workers])
+            if self.store.hang_up(engine.name, end.rank):
+                end.side_broke()
 
     def _flip_bits(self) -> None:
         cells = list(self.store.memory.contents)
