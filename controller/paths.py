@@ -47,7 +47,7 @@ def runtime_paths(config: NodeConfig, create: bool = True) -> RuntimePaths:
         NodeUnavailable: it belongs to somebody else or is open to others.
         ConfigError: its path is too long for a Unix socket, or the group does not exist.
     """
-    folder = (Path(config.runtime_dir) if config.runtime_dir else _default_folder()).absolute()
+    folder = (Path(config.runtime_dir).expanduser() if config.runtime_dir else _default_folder()).absolute()
     paths = RuntimePaths(folder)
     if len(os.fsencode(paths.control)) > _SOCKET_PATH_MAX:
         raise ConfigError(f"node.runtime_dir {folder} is too long for a Unix socket; choose a shorter one")

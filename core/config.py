@@ -19,7 +19,7 @@ from kvstrata.core.units import parse_size, parse_time
 AUTO = 0  # "auto" for sizes: chosen by the node store when it starts
 
 
-def _size(default: int, *, least: int = 0) -> Any:
+def _size(default: int, *, least: int = 4096) -> Any:
     return field(default=default, metadata={"parse": parse_size, "least": least})
 
 
@@ -115,7 +115,11 @@ def build_config(*sources: tuple[str, Mapping[str, Any]]) -> Config:
 
 def as_tree(config: Config) -> dict[str, dict[str, Any]]:
     """The configuration as plain data that `build_config` accepts."""
-    return dataclasses.asdict(config)
+    tree = dataclasses.asdict(config)
+    for key in ("size", "segment_size"):
+        if tree["host"][key] == AUTO:
+            tree["host"][key] = "auto"
+    return tree
 
 
 def _fields(section: str) -> dict[str, dataclasses.Field[Any]]:
@@ -159,7 +163,8 @@ def _validate(path: str, value: Any, source: str) -> Any:
         except ValueError as error:
             raise ConfigError(f"{path} in {source}: {error}") from None
     elif type(value) is not type(spec.default):
-        raise ConfigError(f"{path} in {source} is {value!r}; it must be a {type(spec.default).__name__}")
+        kind = {int: "a whole number", bool: "true or false", str: "text"}[type(spec.default)]
+        raise ConfigError(f"{path} in {source} is {value!r}; it must be {kind}")
     if choices and value not in choices:
         raise ConfigError(f"{path} in {source} is {value!r}; allowed: {', '.join(choices)}")
     if least is not None and value < least:

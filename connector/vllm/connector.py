@@ -20,7 +20,7 @@ from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.layout import chunk_layout, single_group
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
 from kvstrata.connector.vllm.scheduler import SchedulerSide
-from kvstrata.connector.vllm.settings import load_config, refuse_unsupported
+from kvstrata.connector.vllm.settings import load_config, log_like_vllm, refuse_unsupported
 from kvstrata.connector.vllm.stats import PromMetrics, Stats
 from kvstrata.connector.vllm.worker import WorkerSide
 from kvstrata.controller.client import NodeClient
@@ -47,6 +47,7 @@ class KVStrataConnector(KVConnectorBase_V1):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_like_vllm()
         config = load_config(vllm_config)
         refuse_unsupported(vllm_config)
         layout = chunk_layout(kv_cache_config, config.chunk.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
+
+
+def log_like_vllm() -> None:
+    """Give our log lines vLLM's handlers: its format, its level, its file."""
+    ours, theirs = logging.getLogger("kvstrata"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers, ours.propagate = theirs.handlers, False
+        ours.setLevel(theirs.getEffectiveLevel())
 
 
 def load_config(vllm_config: VllmConfig) -> Config:

@@ -28,6 +28,7 @@ from kvstrata.core.config import Config, as_tree
 from kvstrata.core.errors import KVStrataError, NodeUnavailable
 from kvstrata.core.events import Match, Matched, Refused, Update, Updated, Why
 from kvstrata.core.slots import Slot
+from kvstrata.core.units import format_size
 from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
 from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
 
@@ -35,6 +36,7 @@ log = logging.getLogger("kvstrata.client")
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 _AUTOSTART_EVERY_S = 10.0
+_START_PATIENCE_S = 15.0  # how long a store may take to start before the user hears of it
 _IDLE_CHECK_S = 1.0  # how soon an idle engine notices that the store has ended
 _CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
 
@@ -83,6 +85,7 @@ class NodeClient:
         self._side: SideConnection | None = None
         self._last_trouble = ""
         self._failures = 0  # since the last session
+        self._down_since: float | None = None
         self._last_start = -_AUTOSTART_EVERY_S
         self._seq = 0
         self._thread = threading.Thread(target=self._run, name="kvstrata-client", daemon=True)
@@ -130,7 +133,6 @@ class NodeClient:
                 self._session = None
                 self._fail_waiting_calls()
             self._closing.wait(_RETRY_S[min(self._failures, len(_RETRY_S) - 1)])
-        self._drop_side(bye=True)  # where no session was left to say it in
         self._drop_side(bye=True)
 
     def _connected(self, paths: RuntimePaths) -> None:
@@ -140,14 +142,12 @@ class NodeClient:
         with grpc.insecure_channel(f"unix:{paths.control}", options=_CHANNEL_OPTIONS) as channel:
             stub = node_pb2_grpc.NodeStoreStub(channel)
             try:
-                session = self._open(stub)
+                session = self._open_here(stub, self._side)
                 self._session = session
-                self._last_trouble, self._failures = "", 0
+                self._last_trouble, self._failures, self._down_since = "", 0, None
                 self._serve(stub, session)
             finally:
-                if self._closing.is_set():
-                    self._drop_side(bye=True)
-                elif not self._side_alive():
+                if not self._closing.is_set() and not self._side_alive():
                     self._drop_side(bye=False)
 
     def _connect_side(self, paths: RuntimePaths) -> SideConnection:
@@ -164,6 +164,19 @@ class NodeClient:
                 self._last_start = time.monotonic()
                 start_node(self._config)
             raise
+
+    def _open_here(self, stub: node_pb2_grpc.NodeStoreStub, side: SideConnection) -> Session:
+        """Open at the store that `side` is connected to. Another one may have taken its place meanwhile."""
+        try:
+            session = self._open(stub)
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                self._drop_side(bye=False)
+            raise
+        if session.epoch != side.epoch:
+            self._drop_side(bye=False)
+            raise ConnectionResetError("the node store was replaced by another one")
+        return session
 
     def _open(self, stub: node_pb2_grpc.NodeStoreStub) -> Session:
         reply = stub.Open(
@@ -186,9 +199,11 @@ class NodeClient:
             )
         if why_from_wire(reply.refused) is Why.POOL_TOO_SMALL:
             raise NodeUnavailable(
-                f"one chunk of this model needs {self._slot_bytes} bytes, the host pool has "
-                f"{reply.pool_bytes}: raise host.size or lower chunk.tokens"
+                f"one chunk of this model needs {format_size(self._slot_bytes)}, the host pool has "
+                f"{format_size(reply.pool_bytes)}: raise host.size or lower chunk.tokens"
             )
+        pool, chunk = format_size(reply.pool_bytes), format_size(self._slot_bytes)
+        log.info("connected to the node store: host pool of up to %s, %s a chunk", pool, chunk)
         return Session(reply.store_epoch)
 
     def _serve(self, stub: node_pb2_grpc.NodeStoreStub, session: Session) -> None:
@@ -240,8 +255,14 @@ class NodeClient:
             if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call)
             else str(error)
         )
-        starting = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
-        if not starting and text != self._last_trouble:
+        if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):  # nobody listens (yet)
+            self._down_since = self._down_since or time.monotonic()
+            if time.monotonic() - self._down_since < _START_PATIENCE_S:
+                return
+            text = (
+                f"no node store answers in {runtime_paths(self._config.node).folder}; its node.log says why"
+            )
+        if text != self._last_trouble:
             self._last_trouble = text or ""
             self._notify(f"kvstrata is not used for now, every lookup is a miss: {text}")
 

@@ -57,17 +57,17 @@ def main(argv: list[str] | None = None) -> int:
         log.info("another node store serves %s", paths.folder)
         return 0
     try:
-        asyncio.run(_serve(config, paths))
+        asyncio.run(_serve(config, paths, lock))
     finally:
         os.close(lock)
     return 0
 
 
-async def _serve(config: Config, paths: RuntimePaths) -> None:
+async def _serve(config: Config, paths: RuntimePaths, lock: int) -> None:
     pool_bytes = config.host.size
     if pool_bytes == AUTO:
         pool_bytes = available_memory() // _AUTO_SHARE
-    store = NodeStore(config, paths, pool_bytes)
+    store = NodeStore(config, paths, pool_bytes, lambda: _is_at(lock, paths.lock))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, store.ending.set)
@@ -90,7 +90,8 @@ async def _serve(config: Config, paths: RuntimePaths) -> None:
         await store.run()
     finally:
         await server.stop(grace=0.5)
-        paths.control.unlink(missing_ok=True)
+        if store.still_ours():
+            paths.control.unlink(missing_ok=True)
         log.info("node store %d ended", os.getpid())
 
 
@@ -125,6 +126,15 @@ def _detach(log_file: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 1 << 20 else 1 << 20)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether `path` still names the open file `fd`."""
+    try:
+        there = path.stat()
+    except OSError:
+        return False
+    return os.path.samestat(os.fstat(fd), there)
 
 
 def _lock(path: Path) -> int | None:

@@ -70,11 +70,13 @@ class SideServer:
         self._listener.setblocking(False)
         self._listen()
 
-    def close(self) -> None:
+    def close(self, unlink: bool = True) -> None:
+        """Hang up on everybody; `unlink` the socket unless it is another store's by now."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._listener.fileno())
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+        if unlink:
+            self._path.unlink(missing_ok=True)
         for connections in list(self.connections.values()):
             for connection in connections:
                 self._forget_process(connection)

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 from kvstrata.controller.node.side_server import SideServer
@@ -27,8 +28,16 @@ _TICK_S = 1.0
 class NodeStore:
     """One host's pool, catalogue and clients. Everything runs on one event loop but pre-faulting."""
 
-    def __init__(self, config: Config, paths: RuntimePaths, pool_bytes: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        paths: RuntimePaths,
+        pool_bytes: int,
+        still_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`still_ours` tells whether the runtime folder has not been taken away meanwhile."""
         self.config = config
+        self.still_ours = still_ours
         self.epoch = secrets.token_bytes(8)
         self.pool = HostPool()
         self.planner = Planner(_limits(config, pool_bytes), config.host.policy)
@@ -62,6 +71,9 @@ class NodeStore:
         try:
             while not self.ending.is_set():
                 self.apply(Tick())
+                if not self.still_ours():
+                    log.error("the runtime folder was removed or taken over: ending")
+                    break
                 if self.side.live:
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since > self.config.node.idle_exit:
@@ -75,7 +87,7 @@ class NodeStore:
             self._stop_growth = True
             if self._growth is not None:
                 await self._growth
-            self.side.close()
+            self.side.close(unlink=self.still_ours())
             self.pool.close()
 
     async def _grow(self, action: GrowPool) -> None:

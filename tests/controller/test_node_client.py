@@ -142,6 +142,7 @@ WELCOMES = [
     pytest.param(b"", id="hangs up"),
     pytest.param(b"no JSON", id="no JSON"),
     pytest.param(b"{}", id="empty"),
+    pytest.param(b'{"welcome": 7}', id="a number"),
 ]
 
 

@@ -151,7 +151,7 @@ def test_an_engine_whose_chunks_do_not_fit_is_told_so(store: RunningStore, engin
     engine = engines(store.config, "large", slot_bytes=9 * SLOT)
     (trouble,) = wait_for("a word about it", lambda: engine.troubles)
     assert (
-        f"one chunk of this model needs {9 * SLOT} bytes, the host pool has {8 * SLOT}: "
+        "one chunk of this model needs 9.0 MiB, the host pool has 8.0 MiB: "
         "raise host.size or lower chunk.tokens" in trouble
     )
 

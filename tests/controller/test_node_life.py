@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvstrata.controller.client import Lost, Mapping
+from kvstrata.controller.client import Lost, Mapping, NodeClient
 from kvstrata.core.config import as_tree
 from kvstrata.core.events import Match, Matched, Refused, Why
 from tests.conftest import REPO
@@ -141,6 +141,32 @@ def test_after_bye_nothing_is_held(shared_store: RunningStore, processes: StartP
     assert engine.process.poll() is None
     wait_for("its claims to be freed", lambda: shared_store.engine("polite") is None, SECONDS)
     assert shared_store.facts()["chunks"]["reserved"] == 0
+
+
+def test_an_engine_that_is_closed_in_its_first_moments_leaves_nothing(
+    shared_store: RunningStore, engines: StartEngine
+) -> None:
+    for number in range(24):
+        engine = engines(shared_store.config, f"hasty{number}")
+        time.sleep(0.002 * (number % 8))
+        engine.close()
+    wait_for("all to be forgotten", lambda: shared_store.facts()["clients"] == [], SECONDS)
+
+
+def test_an_engine_that_is_closed_while_the_store_does_not_answer_leaves_nothing(
+    node_store: StartStore, engines: StartEngine
+) -> None:
+    store = node_store(client={"call_deadline": 0.3})
+    engine = engines(store.config, "cut off")
+    engine.reserve(key(1))
+    os.kill(store.pid, signal.SIGSTOP)
+    try:
+        engine.client.post(engine.session(), Match("cut off", engine.client.next_seq(), 9, (key(1),)))
+        assert engine.client.collect(PATIENCE_S) is not None
+        engine.close()
+    finally:
+        os.kill(store.pid, signal.SIGCONT)
+    wait_for("its claims to be freed", lambda: store.engine("cut off") is None, SECONDS)
 
 
 def test_an_engine_is_gone_when_all_its_processes_are(
@@ -369,3 +395,24 @@ def test_segments_of_a_dead_store_stay_mapped_while_they_are_used(
         wait_for("the engine to notice", lambda: engine.client.session is None, 2.5)
         assert mapping() == used
     wait_for("it to be unmapped", lambda: mapping() is None)
+
+
+def test_a_store_whose_folder_was_taken_away_ends(node_store: StartStore) -> None:
+    store = node_store()
+    pid = store.pid
+    store.paths.lock.unlink()
+    wait_for("the store to end", lambda: not Path(f"/proc/{pid}").exists(), SECONDS)
+    assert "taken over" in store.log
+
+
+def test_an_engine_is_told_when_its_store_does_not_start(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstrata.controller.client.node._START_PATIENCE_S", 0.5)
+    (runtime_dir / "node.log").mkdir()  # the daemon cannot open its log
+    told: list[str] = []
+    config = config_for(runtime_dir, node={"autostart": True})
+    client = NodeClient(config, "hopeful", 1 << 20, 1, told.append)
+    wait_for("the engine to be told", lambda: told, SECONDS)
+    client.close()
+    assert "node.log says why" in told[0]

@@ -57,7 +57,14 @@ def test_the_demo_loads_in_every_way_and_answers_as_plain_vllm_does(tmp_path: Pa
 
 @pytest.mark.timeout(300)
 def test_an_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
-    demo = subprocess.Popen(DEMO, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    demo = subprocess.Popen(
+        DEMO,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background ignores interrupts, and so would the demo.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert demo.stderr is not None
     started: list[psutil.Process] = []
     deadline = time.monotonic() + WAIT_S
