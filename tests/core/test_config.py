@@ -151,5 +151,5 @@ def test_two_sources_that_agree_are_fine() -> None:
 
 
 def test_sources_may_each_set_a_part() -> None:
-    config = build_config(("a", {"host": {"size": 1}}), ("b", {"host": {"segment_size": 2}}))
-    assert (config.host.size, config.host.segment_size) == (1, 2)
+    config = build_config(("a", {"host": {"size": "1GiB"}}), ("b", {"host": {"segment_size": "2MiB"}}))
+    assert (config.host.size, config.host.segment_size) == (1 << 30, 2 << 20)
