@@ -119,7 +119,11 @@ class Transfer:
                         self._changed.wait()
                     return
                 self._running.add(save.job)
-            self._finish(save.job, self._save(save))
+            report = Report(save.job, ok=False)
+            try:
+                report = self._save(save)
+            finally:
+                self._finish(save.job, report)
 
     def poll(self, wait_s: float = 0.0) -> list[Report]:
         """Reports since the last call; waits up to `wait_s` seconds for one if something is under way."""

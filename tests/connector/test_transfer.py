@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -311,3 +312,21 @@ def test_close_with_nothing_to_do_ends_the_threads(copier: Copier, segments: Seg
     transfer = Transfer(copier, segments, SLOT_BYTES, threads=3)
     transfer.close()
     assert not any(thread.name.startswith("kvstrata-copy") for thread in threading.enumerate())
+
+
+def test_whatever_a_flushed_copy_raises_its_job_is_reported(transfer: Transfer, copier: Copier) -> None:
+    hold_first(transfer, copier)
+    copier.faults[key(1)] = RuntimeError("the device has gone")
+    transfer.submit(saves=[save(1, 1)])
+
+    def flush() -> None:
+        with contextlib.suppress(RuntimeError):
+            transfer.flush([1])
+
+    flushing = threading.Thread(target=flush)
+    flushing.start()
+    assert copier.begun.acquire(timeout=SOON_S)  # by the thread that flushes
+    copier.gate.set()
+    flushing.join(timeout=SOON_S)
+    found = [*transfer.poll(0.2), *transfer.poll(0.2)]
+    assert {report.job: report.ok for report in found} == {100: True, 1: False}

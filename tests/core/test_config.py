@@ -119,6 +119,8 @@ def test_a_section_that_is_no_section_is_refused_with_its_keys() -> None:
         ("node.idle_exit", "auto", "'auto' is not a time"),
         ("node.idle_exit", "0.5s", "0.5; the least allowed is 1.0"),
         ("client.load_deadline", 0, "0.0; the least allowed is 0.1"),
+        ("client.load_deadline", "2min", "120.0; the most allowed is 90.0"),
+        ("host.size", 0, "0; the least allowed is 4096"),
         ("client.copy_threads", 0, "0; the least allowed is 1"),
         ("client.copy_threads", 1.0, "1.0; it must be a whole number"),
         ("client.save", 1, "1; it must be true or false"),
