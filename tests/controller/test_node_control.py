@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
+import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -379,6 +381,20 @@ def test_a_registration_by_nobody_s_worker_grants_nothing(
     side.send({"bye": True})
     assert side.hung_up()
     assert store.engine("noise") is None
+
+
+def test_a_bye_counts_though_an_offer_was_left_unread(store: RunningStore, engine: Engine) -> None:
+    """Closing a socket with unread data resets it, and a reset is told before what was sent earlier."""
+    engine.reserve(key(50))
+    worker = Side(store)
+    worker.hello(client=engine.name, role="worker", rank=1)
+    assert select.select([worker.sock], [], [], 10)[0], "a segment is offered"
+    os.kill(store.pid, signal.SIGSTOP)
+    worker.send({"bye": True})
+    worker.sock.close()
+    os.kill(store.pid, signal.SIGCONT)
+    engine.close()
+    wait_for("the engine to be forgotten", lambda: store.engine(engine.name) is None, 3.0)
 
 
 def test_who_hangs_up_right_after_the_hello_does_no_harm(store: RunningStore, pidfd: int) -> None:
