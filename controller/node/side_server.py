@@ -137,7 +137,7 @@ class SideServer:
     def _readable(self, connection: Connection) -> None:
         try:
             received = receive_message(connection.sock)
-        except BlockingIOError:  # reset: it left offers unread; its bye still comes
+        except (BlockingIOError, ConnectionResetError):  # reset: it left offers unread; its bye still comes
             return
         except (OSError, ValueError, RecursionError) as error:
             log.warning("side connection of %s: %s", connection.hello, error)
