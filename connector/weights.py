@@ -1,76 +1,112 @@
-"""What the weights are: a fingerprint of files, so that two models with one name never share KV."""
+"""What the weights are: a digest of whole files, so that two models with one name never share KV.
+
+Every byte counts, because a single changed row of an embedding changes answers. Hashing hundreds of
+GB takes a while, so it is done once for each file, on a thread of its own, and remembered on disk.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import struct
+import tempfile
+import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 from blake3 import blake3
 
+from kvstrata.core.digest import DIGEST_BYTES, digest
 from kvstrata.core.errors import UnsupportedModel
-from kvstrata.core.namespace import sample_windows
 
-_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
-_UNKNOWN_SPAN_WINDOWS = 4096
-_HEADER_MAX = 100 << 20
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
+_BESIDE = ("*.py", "*config*.json")  # a folder's own modelling code or quantisation file counts too
+_SETTLED_S = 2.0  # a file changed since then may change again without another time stamp
+_THREADS_MAX = 8
+
+Signature = tuple[tuple[str, int, int, int, int, int], ...]
 
 
-def fingerprint(path: Path, only: str = "*") -> bytes:
-    """32 bytes over the weight files at `path`: names, sizes, headers and samples of every tensor.
-
-    Reads a few hundred KB for each GB, so that it costs a start less than a second.
-
-    Args:
-        path: a model or adapter folder, or one file.
-        only: glob of the files that count.
+def weight_files(path: Path) -> list[Path]:
+    """The files at `path`, a model or adapter folder or one file, that decide what is computed.
 
     Raises:
-        UnsupportedModel: there is nothing to read.
+        UnsupportedModel: there are no weights.
     """
-    files = [path] if path.is_file() else sorted(f for f in path.glob(only) if f.suffix in _WEIGHT_SUFFIXES)
-    if any(file.suffix == ".safetensors" for file in files):
-        files = [file for file in files if file.suffix == ".safetensors"]
-    if not files:
-        raise UnsupportedModel(
-            f"no weight files in {path}: set identity.model to a name of your own for these weights "
-            "(equal name means equal KV)"
-        )
-    hasher = blake3()
+    if path.is_file():
+        return [path]
+    weights = [file for pattern in _WEIGHTS for file in path.glob(pattern)]
+    if not weights:
+        raise UnsupportedModel(f"no weight files in {path}")
+    return sorted(weights + [file for pattern in _BESIDE for file in path.glob(pattern)])
+
+
+def signature(files: list[Path]) -> Signature:
+    """Names, sizes, places and times of files: equal as long as nobody has changed them."""
+    stats = [(file.name, file.stat()) for file in files]
+    return tuple((name, s.st_size, s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats)
+
+
+def content_digest(files: list[Path], memory: Path) -> bytes:
+    """32 bytes over the names and whole contents of `files`.
+
+    Args:
+        files: what to read.
+        memory: folder in which digests of unchanged files are remembered; made if missing.
+
+    Raises:
+        UnsupportedModel: a file changed while it was read.
+        OSError: a file cannot be read.
+    """
+    single = len(files) == 1
+    fields = []
     for file in files:
-        hasher.update(f"{'' if path.is_file() else file.name}:{file.stat().st_size}\0".encode())
-        _hash_file(file, hasher)
+        fields += [b"" if single else file.name.encode(), _file_digest(file, memory)]
+    return digest(*fields)
+
+
+def start_digest(files: list[Path], memory: Path) -> Future[bytes]:
+    """`content_digest` on a thread of its own, which does not keep the process alive."""
+    result: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(content_digest(files, memory))
+        except (UnsupportedModel, OSError) as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="kvstrata-weights", daemon=True).start()
+    return result
+
+
+def memory_folder() -> Path:
+    """Where digests are remembered: `$XDG_CACHE_HOME/kvstrata/weights`, by default below `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "kvstrata" / "weights"
+
+
+def _file_digest(file: Path, memory: Path) -> bytes:
+    before = signature([file])
+    note = memory / digest(str(file.resolve()).encode(), repr(before).encode()).hex()
+    with contextlib.suppress(OSError, ValueError):
+        known = bytes.fromhex(note.read_text())
+        if len(known) == DIGEST_BYTES:
+            return known
+    cores = len(os.sched_getaffinity(0))
+    hasher = blake3(max_threads=max(1, min(_THREADS_MAX, cores // 2)))
+    hasher.update_mmap(file)  # without the GIL
+    if signature([file]) != before:
+        raise UnsupportedModel(f"{file} changed while its digest was taken")
+    if time.time() - before[0][-1] / 1e9 > _SETTLED_S:
+        _remember(note, hasher.digest())
     return hasher.digest()
 
 
-def _hash_file(file: Path, hasher: blake3) -> None:
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        size = os.fstat(fd).st_size
-        spans, windows = [(0, size)], _UNKNOWN_SPAN_WINDOWS
-        if file.suffix == ".safetensors":
-            header = _safetensors_header(fd, file)
-            hasher.update(header)
-            start = 8 + len(header)
-            spans, windows = _tensor_spans(header, start, file), 4
-        for offset, length in sample_windows(size, spans, windows=windows):
-            hasher.update(os.pread(fd, length, offset))
-    finally:
-        os.close(fd)
-
-
-def _tensor_spans(header: bytes, start: int, file: Path) -> list[tuple[int, int]]:
-    try:
-        tensors = json.loads(header)
-        offsets = [tensors[name]["data_offsets"] for name in sorted(tensors) if name != "__metadata__"]
-        return [(start + int(first), int(last) - int(first)) for first, last in offsets]
-    except (ValueError, KeyError, TypeError) as error:  # cut short, or being written right now
-        raise UnsupportedModel(f"the header of {file} cannot be read: {error}") from error
-
-
-def _safetensors_header(fd: int, file: Path) -> bytes:
-    (length,) = struct.unpack("<Q", os.pread(fd, 8, 0).ljust(8, b"\0"))
-    if not 0 < length <= _HEADER_MAX:
-        raise UnsupportedModel(f"{file} is not a safetensors file")
-    return os.pread(fd, length, 8)
+def _remember(note: Path, found: bytes) -> None:
+    """Costs a second reading after the next start if it fails, nothing else."""
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd, name = tempfile.mkstemp(dir=note.parent)
+        with os.fdopen(fd, "w") as output:
+            output.write(found.hex())
+        os.replace(name, note)

@@ -21,7 +21,7 @@ class ModelIdentity:
     """What one engine's KV depends on, the same for all its requests."""
 
     config: str  # canonical JSON of the model config, RoPE and attention overrides applied
-    weights: bytes  # fingerprint of the weights' content
+    weights: bytes  # digest of the weight files' whole content
     weight_quantization: str
     kv_dtype: str  # as stored in the cache, e.g. "bfloat16"
     kv_scales: str  # how KV is scaled when quantised; "" when it is not
@@ -44,7 +44,7 @@ def namespace_digest(model: bytes, adapter: bytes = b"", salt: str | None = None
 
     Args:
         model: `ModelIdentity.digest`.
-        adapter: fingerprint of the LoRA adapter, empty without one.
+        adapter: digest of the LoRA adapter, empty without one.
         salt: the request's cache salt (tenant). None and "" are different.
     """
     tenant = b"" if salt is None else b"salt " + salt.encode()
@@ -84,29 +84,3 @@ def chunk_extras(items: list[tuple[int, int, str]], chunk_tokens: int) -> dict[i
                 f"{position - index * chunk_tokens}:{length}:".encode() + content.encode()
             )
     return {index: digest(*parts) for index, parts in extras.items()}
-
-
-def sample_windows(
-    size: int, spans: list[tuple[int, int]], window: int = 256, windows: int = 4
-) -> list[tuple[int, int]]:
-    """Which bytes of a weight file to read for its fingerprint.
-
-    Args:
-        size: bytes in the file.
-        spans: (offset, bytes) of each tensor; the whole file as one span when unknown.
-        window: bytes read at each place.
-        windows: places in each span at least, spread evenly, both ends included; one for each MiB.
-
-    Returns:
-        (offset, bytes) pairs inside the file.
-    """
-    reads: list[tuple[int, int]] = []
-    for offset, length in spans:
-        end = min(offset + length, size)
-        if end - offset <= window * windows:
-            reads.append((offset, max(end - offset, 0)))
-            continue
-        places = max(windows, (end - offset) >> 20)
-        stride = (end - offset - window) / (places - 1)
-        reads += [(offset + int(i * stride), window) for i in range(places)]
-    return reads

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvstrata.vllm")
 
+_WEIGHTS_WAIT_S = 3.0  # a start may take this longer; hashes several GB
+
 
 class KVStrataConnector(KVConnectorBase_V1):
     """One object in the engine core (SCHEDULER) and one in each worker (WORKER)."""
@@ -58,6 +60,7 @@ class KVStrataConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             node = NodeClient(config, client, layout.slot_bytes, workers=1, notify=log.warning)
             identity = Identity(vllm_config, layout, config)
+            identity.wait(_WEIGHTS_WAIT_S)
             self._scheduler = SchedulerSide(
                 node, identity, layout.chunk_tokens, block_tokens, 1, config.client
             )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+import time
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstrata.connector.vllm.compat import calculates_kv_scales, model_settings
-from kvstrata.connector.weights import fingerprint
+from kvstrata.connector.weights import Signature, memory_folder, signature, start_digest, weight_files
 from kvstrata.core.config import Config
 from kvstrata.core.digest import digest
 from kvstrata.core.errors import UnsupportedModel
@@ -20,60 +23,93 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
+log = logging.getLogger("kvstrata.vllm")
+
 # RoPE variants whose frequencies depend on how long a context the engine was started for.
 _CONTEXT_DEPENDENT_ROPE = ('"longrope"', '"dynamic"', '"su"')
 
 
 class Identity:
-    """Namespaces of one engine: computed once for the model, then per adapter and salt."""
+    """Namespaces of one engine: computed once for the model, then per adapter and salt.
+
+    Weights and adapters are read whole, on threads of their own. Until that is done nothing can be
+    named: requests go on without the store.
+
+    Raises:
+        UnsupportedModel: the weights cannot be identified, or KV scales are found at run time.
+    """
 
     def __init__(self, vllm_config: VllmConfig, layout: ChunkLayout, config: Config) -> None:
-        self._model = model_identity(vllm_config, layout, config)
-        self._digest = self._model.digest
-        self._adapters: dict[tuple[str, str, int], tuple[object, bytes]] = {}
+        self._model = model_identity(vllm_config, layout)
+        self._weights = _weights(vllm_config, config)
+        self._weights.add_done_callback(_say_if_failed)
+        self._digest = b""  # of the model, once the weights are known
+        self._adapters: dict[tuple[str, str, int], tuple[Signature, Future[bytes]]] = {}
+
+    def wait(self, timeout_s: float) -> None:
+        """Give the weights a moment to be read, so that the first requests of a small model are cached."""
+        begun = time.monotonic()
+        if not wait([self._weights], timeout_s).done:
+            log.info("the weights are being read to be identified; until then no request is cached")
+            self._weights.add_done_callback(
+                lambda _: log.info("the weights were read in %.1f s", time.monotonic() - begun)
+            )
 
     def new_generation(self) -> None:
         """From now on this engine finds nothing older, and nobody else finds what it stores."""
         self._model = replace(self._model, generation=secrets.token_hex(16))
-        self._digest = self._model.digest
+        self._digest = b""
 
-    def namespace(self, request: Request) -> bytes:
-        """The seed of the request's key chain.
+    def namespace(self, request: Request) -> bytes | None:
+        """The seed of the request's key chain, or None while its weights or adapter are being read.
 
         Raises:
             UnsupportedModel: its adapter cannot be identified.
+            OSError: its adapter cannot be read.
         """
-        lora = request.lora_request
-        return namespace_digest(self._digest, self._adapter(lora) if lora else b"", request.cache_salt)
+        if not self._digest:
+            if not self._weights.done() or self._weights.exception():
+                return None
+            self._digest = replace(self._model, weights=self._weights.result()).digest
+        adapter = self._adapter(request.lora_request) if request.lora_request else b""
+        if adapter is None:
+            return None
+        return namespace_digest(self._digest, adapter, request.cache_salt)
 
     def extras(self, request: Request, chunk_tokens: int) -> dict[int, bytes]:
         """What multimodal content adds to the request's keys."""
         items = [(f.mm_position.offset, f.mm_position.length, f.identifier) for f in request.mm_features]
         return chunk_extras(items, chunk_tokens) if items else {}
 
-    def _adapter(self, lora: LoRARequest) -> bytes:
-        path = Path(lora.lora_path)
-        files = [(file.name, file.stat()) for file in sorted(path.glob("adapter_*"))]
-        changed = tuple((name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in files)
+    def _adapter(self, lora: LoRARequest) -> bytes | None:
+        try:
+            files = weight_files(Path(lora.lora_path))
+        except UnsupportedModel as error:
+            raise UnsupportedModel(
+                f"adapter {lora.lora_name}: {error}: load it from a local folder"
+            ) from error
+        now = signature(files)
         loaded = (lora.lora_name, lora.lora_path, lora.lora_int_id)
         if loaded not in self._adapters:
-            settings = path / "adapter_config.json"
-            if not settings.is_file():
-                raise UnsupportedModel(f"adapter {lora.lora_name}: no adapter_config.json in {path}")
-            self._adapters[loaded] = (changed, digest(settings.read_bytes(), fingerprint(path)))
-        seen, adapter = self._adapters[loaded]
-        if seen != changed:  # the engine may still serve what it loaded before: nobody can tell which
+            self._adapters[loaded] = (now, start_digest(files, memory_folder()))
+        seen, content = self._adapters[loaded]
+        if seen != now:  # the engine may still serve what it loaded before: nobody can tell which
             raise UnsupportedModel(
                 f"adapter {lora.lora_name} has changed on disk: load it under another name or id"
             )
-        return adapter
+        return content.result() if content.done() else None
 
 
-def model_identity(vllm_config: VllmConfig, layout: ChunkLayout, config: Config) -> ModelIdentity:
-    """Everything about an engine that decides its KV.
+def _say_if_failed(weights: Future[bytes]) -> None:
+    if error := weights.exception():
+        log.error("nothing will be cached: the weights cannot be identified: %s", error)
+
+
+def model_identity(vllm_config: VllmConfig, layout: ChunkLayout) -> ModelIdentity:
+    """Everything about an engine that decides its KV, but its weights.
 
     Raises:
-        UnsupportedModel: the weights cannot be identified, or KV scales are found at run time.
+        UnsupportedModel: KV scales are found at run time.
     """
     model = vllm_config.model_config
     if calculates_kv_scales(vllm_config):
@@ -84,7 +120,7 @@ def model_identity(vllm_config: VllmConfig, layout: ChunkLayout, config: Config)
         context = f"max_model_len={model.max_model_len}"
     return ModelIdentity(
         config=settings,
-        weights=_weights(vllm_config, config),
+        weights=b"",
         weight_quantization=str(model.quantization),
         kv_dtype=f"{vllm_config.cache_config.cache_dtype}/{model.dtype}",
         kv_scales="checkpoint",
@@ -93,16 +129,23 @@ def model_identity(vllm_config: VllmConfig, layout: ChunkLayout, config: Config)
     )
 
 
-def _weights(vllm_config: VllmConfig, config: Config) -> bytes:
-    if config.identity.model:
-        return digest(b"named", config.identity.model.encode())
+def _weights(vllm_config: VllmConfig, config: Config) -> Future[bytes]:
+    """What names the weights, at once or later."""
     model, load = vllm_config.model_config, vllm_config.load_config
-    if str(load.load_format) == "dummy":
-        return digest(b"dummy", str(model.seed).encode())
-    path = Path(model.model)
-    if not path.exists():
-        path = _downloaded(model.model, model.revision)
-    return fingerprint(path)
+    known: Future[bytes] = Future()
+    if config.identity.model:
+        known.set_result(digest(b"named", config.identity.model.encode()))
+    elif str(load.load_format) == "dummy":
+        known.set_result(digest(b"dummy", str(model.seed).encode()))
+    else:
+        path = Path(model.model)
+        if not path.exists():
+            path = _downloaded(model.model, model.revision)
+        try:
+            return start_digest(weight_files(path), memory_folder())
+        except UnsupportedModel as error:
+            raise _without_files(model.model, error) from error
+    return known
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
@@ -113,7 +156,11 @@ def _downloaded(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise UnsupportedModel(
-            f"the weights of {name} cannot be found on this machine ({error}): set identity.model "
-            "to a name of your own for them (equal name means equal KV)"
-        ) from error
+        raise _without_files(name, error) from error
+
+
+def _without_files(name: str, error: Exception) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the weights of {name} cannot be found on this machine ({error}): set identity.model "
+        "to a name of your own for them (equal name means equal KV)"
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kvstrata.connector.books import Outbox, Save, SaveBook, Stage
@@ -74,19 +74,25 @@ class SchedulerSide:
             self.stats.count("bypassed_requests")
             return
         try:
-            chain = KeyChain(
-                self._identity.namespace(request),
-                self._chunk_tokens,
-                self._identity.extras(request, self._chunk_tokens),
-            )
-            chain.extend(tokens)
-        except (UnsupportedModel, OverflowError, ValueError, OSError) as error:
+            chain = self._chain(request, tokens)
+        except (UnsupportedModel, OverflowError, TypeError, ValueError, OSError) as error:
             log.warning("request %s is not cached: %s", request.request_id, error)
+            chain = None
+        if chain is None:
             self.stats.count("bypassed_requests")
             return
         tracked = self._tracked[request.request_id] = Tracked(request, chain)
         tracked.may_load = self._config.load and not skips_prefix_cache(request)
         self._look_up(tracked)
+
+    def _chain(self, request: Request, tokens: Sequence[int]) -> KeyChain | None:
+        """The keys of its prompt; None while the weights are not identified yet."""
+        namespace = self._identity.namespace(request)
+        if namespace is None:
+            return None
+        chain = KeyChain(namespace, self._chunk_tokens, self._identity.extras(request, self._chunk_tokens))
+        chain.extend(tokens)
+        return chain
 
     def _look_up(self, tracked: Tracked) -> None:
         session = self._client.session

@@ -1,9 +1,12 @@
-"""Fingerprints of weights and adapters: content, not names."""
+"""Digests of weights and adapters: whole content, not names."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvstrata.connector.vllm.identity import Identity
-from kvstrata.connector.weights import fingerprint
+import kvstrata.connector.weights
+from kvstrata.connector.vllm.identity import Identity, _weights
+from kvstrata.connector.weights import content_digest, weight_files
+from kvstrata.core.config import Config
 from kvstrata.core.errors import UnsupportedModel
 from kvstrata.core.keys import KeyChain
+from kvstrata.core.namespace import ModelIdentity
 
 
 def model(folder: Path, change: Any = None, **tensors: torch.Tensor) -> Path:
@@ -26,42 +32,84 @@ def model(folder: Path, change: Any = None, **tensors: torch.Tensor) -> Path:
     return folder
 
 
+def content(folder: Path, memory: Path | None = None) -> bytes:
+    return content_digest(weight_files(folder), memory or folder / "nowhere" / "memory")
+
+
 def test_a_copy_elsewhere_is_the_same_model(tmp_path: Path) -> None:
     first = model(tmp_path / "one")
     shutil.copytree(first, tmp_path / "two")
-    assert fingerprint(first) == fingerprint(tmp_path / "two")
+    assert content(first) == content(tmp_path / "two")
 
 
-def test_any_tensor_that_was_trained_further_is_another_model(tmp_path: Path) -> None:
-    base = fingerprint(model(tmp_path / "base"))
-    for name in ("a", "b", "c"):
-        generator = torch.Generator().manual_seed(2)
-        other = model(tmp_path / name, **{name: torch.randn(64, 512, generator=generator)})
-        assert fingerprint(other) != base
-    renamed = model(tmp_path / "renamed", d=torch.zeros(1))
-    assert fingerprint(renamed) != base
+def test_a_single_other_byte_is_another_model(tmp_path: Path) -> None:
+    file = model(tmp_path / "m") / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    seen = {content(tmp_path / "m")}
+    places = [*range(0, len(data), 4001), len(data) - 1]
+    for place in places:
+        data[place] ^= 1
+        file.write_bytes(data)
+        seen.add(content(tmp_path / "m"))
+    assert len(seen) == 1 + len(places)
 
 
-def test_other_formats_are_sampled_all_over(tmp_path: Path) -> None:
-    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    data = bytearray(torch.randint(0, 255, (4 << 20,), dtype=torch.uint8).numpy().tobytes())
-    first.write_bytes(data)
-    data[: 1 << 20] = bytes(1 << 20)
-    second.write_bytes(data)
-    assert fingerprint(first) != fingerprint(second)
+@pytest.mark.parametrize("name", ["modeling_own.py", "hf_quant_config.json", "pytorch_model.bin", "x.gguf"])
+def test_every_file_that_can_change_the_answer_counts(tmp_path: Path, name: str) -> None:
+    folder = model(tmp_path / "m")
+    before = content(folder)
+    (folder / name).write_text("other")
+    assert content(folder) != before
 
 
 def test_weights_that_cannot_be_read_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"set identity\.model"):
-        fingerprint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(tmp_path), revision=None),
+        load_config=SimpleNamespace(load_format="auto"),
+    )
+    with pytest.raises(UnsupportedModel, match=r"no weight files in .*: set identity\.model"):
+        _weights(config, Config())  # type: ignore[arg-type]
 
 
-def test_weights_that_are_being_written_are_refused(tmp_path: Path) -> None:
-    folder = model(tmp_path / "m")
+def test_a_file_is_read_once_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, memory = model(tmp_path / "m"), tmp_path / "memory"
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UnsupportedModel, match="header"):
-        fingerprint(folder)
+    monkeypatch.setattr("kvstrata.connector.weights._SETTLED_S", -1.0)
+    first = content(folder, memory)
+    (note,) = memory.iterdir()
+    note.write_text("ab" * 32)
+    remembered = content(folder, memory)
+    assert remembered != first  # what was noted is believed, so the file was not read
+    os.utime(file)
+    assert content(folder, memory) == first
+    note.write_text("not a digest")
+    assert content(folder, memory) == first
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
+    content(model(tmp_path / "m"), tmp_path / "memory")
+    assert not (tmp_path / "memory").exists()  # its time stamp could stay while its bytes change again
+
+
+def test_weights_that_are_being_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = model(tmp_path / "m") / "model.safetensors"
+    real = kvstrata.connector.weights.blake3
+
+    class Slow:
+        def __init__(self, **options: Any) -> None:
+            self.real = real(**options)
+
+        def update_mmap(self, path: Path) -> None:
+            self.real.update_mmap(path)
+            with path.open("ab") as output:
+                output.write(b"more")
+
+    monkeypatch.setattr("kvstrata.connector.weights.blake3", Slow)
+    with pytest.raises(UnsupportedModel, match=f"{file} changed while"):
+        content(tmp_path / "m")
 
 
 def request(**fields: Any) -> Any:
@@ -78,18 +126,78 @@ def adapter(folder: Path, seed: int, rank: int = 8) -> Any:
 
 
 @pytest.fixture
-def identity(monkeypatch: pytest.MonkeyPatch) -> Identity:
-    model_of = SimpleNamespace(digest=bytes(32))
-    monkeypatch.setattr("kvstrata.connector.vllm.identity.model_identity", lambda *_: model_of)
-    return Identity(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+def identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Identity:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return engine(model(tmp_path / "base"), monkeypatch)
+
+
+def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Identity:
+    of_model = ModelIdentity("{}", b"", "", "", "", b"", "")
+    monkeypatch.setattr("kvstrata.connector.vllm.identity.model_identity", lambda *_: of_model)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(folder), revision=None),
+        load_config=SimpleNamespace(load_format="auto"),
+    )
+    made = Identity(config, SimpleNamespace(), Config())  # type: ignore[arg-type]
+    made.wait(10.0)
+    return made
+
+
+def known(identity: Identity, asked: Any) -> bytes:
+    """The namespace, once the adapter has been read."""
+    deadline = time.monotonic() + 10
+    while (found := identity.namespace(asked)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return found
+
+
+def test_nothing_has_a_name_while_the_weights_are_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    may_end = threading.Event()
+    real = kvstrata.connector.weights.content_digest
+    monkeypatch.setattr(
+        "kvstrata.connector.weights.content_digest", lambda *of: may_end.wait(10) and real(*of)
+    )
+    monkeypatch.setattr(Identity, "wait", lambda self, _, wait=Identity.wait: wait(self, 0.01))
+    caplog.set_level("INFO", "kvstrata.vllm")
+    identity = engine(model(tmp_path / "m"), monkeypatch)
+    assert identity.namespace(request()) is None
+    assert "until then no request is cached" in caplog.text
+    may_end.set()
+    first = known(identity, request())
+    identity.new_generation()
+    assert known(identity, request()) != first
+
+
+def test_weights_that_cannot_be_identified_are_said_once_and_nothing_is_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> bytes:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("kvstrata.connector.weights.content_digest", broken)
+    identity = engine(model(tmp_path / "m"), monkeypatch)
+    assert identity.namespace(request()) is None
+    assert identity.namespace(request()) is None
+    assert caplog.text.count("nothing will be cached") == caplog.text.count("the disk is gone") == 1
+
+
+def test_other_weights_have_other_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = engine(model(tmp_path / "one"), monkeypatch)
+    other = engine(model(tmp_path / "other", b=torch.zeros(64, 512)), monkeypatch)
+    same = engine(model(tmp_path / "same"), monkeypatch)
+    assert known(first, request()) == known(same, request()) != known(other, request())
 
 
 def test_adapters_and_salts_have_namespaces_of_their_own(identity: Identity, tmp_path: Path) -> None:
     one, other = adapter(tmp_path / "one", 1), adapter(tmp_path / "other", 2)
     wider = adapter(tmp_path / "wider", 1, rank=16)
     same = adapter(tmp_path / "same", 1)
+    assert identity.namespace(request(lora_request=one)) is None  # it is read beside, not waited for
     spaces = [
-        identity.namespace(request(**fields))
+        known(identity, request(**fields))
         for fields in (
             {},
             {"cache_salt": "tenant"},
@@ -100,25 +208,25 @@ def test_adapters_and_salts_have_namespaces_of_their_own(identity: Identity, tmp
         )
     ]
     assert len(set(spaces)) == len(spaces)
-    assert identity.namespace(request(lora_request=same)) == spaces[2]  # content, not name
+    assert known(identity, request(lora_request=same)) == spaces[2]  # content, not name
 
 
 def test_an_adapter_that_changed_on_disk_is_not_cached_until_it_has_another_name(
     identity: Identity, tmp_path: Path
 ) -> None:
     lora = adapter(tmp_path / "lora", 1)
-    before = identity.namespace(request(lora_request=lora))
+    before = known(identity, request(lora_request=lora))
     shutil.rmtree(tmp_path / "lora")
     adapter(tmp_path / "lora", 2)
     with pytest.raises(UnsupportedModel, match="has changed on disk"):  # vLLM may still serve the old one
         identity.namespace(request(lora_request=lora))
     lora.lora_int_id = 2
-    assert identity.namespace(request(lora_request=lora)) != before
+    assert known(identity, request(lora_request=lora)) != before
 
 
 def test_an_adapter_that_cannot_be_read_is_refused(identity: Identity, tmp_path: Path) -> None:
     lora = SimpleNamespace(lora_name="gone", lora_path=str(tmp_path / "gone"), lora_int_id=1)
-    with pytest.raises(UnsupportedModel, match=r"gone: no adapter_config\.json"):
+    with pytest.raises(UnsupportedModel, match=r"adapter gone: no weight files in .*gone"):
         identity.namespace(request(lora_request=lora))
 
 
@@ -129,7 +237,7 @@ def test_two_pictures_at_one_place_never_share_a_chunk(identity: Identity) -> No
             for i, name in enumerate(pictures)
         ]
         asked = request(mm_features=features)
-        return KeyChain(identity.namespace(asked), 256, identity.extras(asked, 256)).extend([7] * 1024)
+        return KeyChain(known(identity, asked), 256, identity.extras(asked, 256)).extend([7] * 1024)
 
     cat, dog, cat_dog = keys("cat"), keys("dog"), keys("cat", "dog")
     assert not set(cat) & set(dog)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import hypothesis.strategies as st
 import pytest
@@ -14,7 +13,6 @@ from kvstrata.core.namespace import (
     canonical_config,
     chunk_extras,
     namespace_digest,
-    sample_windows,
 )
 
 MODEL = ModelIdentity(
@@ -133,38 +131,3 @@ def test_another_picture_place_or_size_gives_other_extras(other: list[tuple[int,
 def test_two_windows_of_one_picture_differ() -> None:
     extras = chunk_extras([(0, 12, "cat")], 4)
     assert len(set(extras.values())) == len(extras) == 3
-
-
-# ------------------------------------------------------------------------------------- weight samples
-
-spans = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 10_000)), max_size=5)
-
-
-@given(st.integers(0, 20_000), spans, st.integers(1, 300), st.integers(2, 6))
-def test_samples_lie_inside_the_file_and_inside_a_tensor(
-    size: int, tensors: list[tuple[int, int]], window: int, windows: int
-) -> None:
-    for offset, length in sample_windows(size, tensors, window, windows):
-        assert length >= 0
-        if length:
-            assert offset + length <= size
-            assert any(first <= offset and offset + length <= first + nbytes for first, nbytes in tensors)
-
-
-@given(st.integers(1, 20_000), st.integers(1, 300), st.integers(2, 6))
-def test_samples_hold_both_ends_of_a_tensor(size: int, window: int, windows: int) -> None:
-    reads = sample_windows(size, [(0, size)], window, windows)
-    assert reads[0][0] == 0
-    assert sum(reads[-1]) == size
-
-
-@given(st.integers(1, 1024))
-def test_a_small_tensor_is_read_whole(size: int) -> None:
-    assert sample_windows(size, [(0, size)], window=256, windows=4) == [(0, size)]
-
-
-def test_samples_of_a_large_tensor_are_one_for_each_mib_and_spread() -> None:
-    reads = sample_windows(1 << 30, [(0, 1 << 30)], window=256, windows=4)
-    assert len(reads) == 1024
-    gaps = [after[0] - before[0] for before, after in itertools.pairwise(reads)]
-    assert max(gaps) - min(gaps) <= 1
