@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.harness import CHUNK, Host, tokens
 
@@ -50,11 +49,10 @@ def test_another_model_never_hits(host: Host, tiny_model: Path, tmp_path: Path) 
         engine.do("settle")
 
     retrained = tmp_path / "retrained"
-    subprocess.run(
-        [sys.executable, "scripts/models.py", "tiny", str(retrained), "--seed", "4321"],
-        check=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )
+    shutil.copytree(tiny_model, retrained)
+    weights = load_file(retrained / "model.safetensors")
+    weights["model.embed_tokens.weight"][PROMPT[0]] *= -30  # one row, nothing else
+    save_file(weights, retrained / "model.safetensors", {"format": "pt"})
     stretched = tmp_path / "stretched"
     shutil.copytree(tiny_model, stretched)
     config = json.loads((stretched / "config.json").read_text())
