@@ -1,7 +1,7 @@
 """Copies between an engine's blocks and slots, on threads of their own.
 
-Rule of this file: a job submitted is a job reported, exactly once. Loads go before saves. A load
-past its deadline fails chunk by chunk, before a chunk is begun, never inside one.
+Rule of this file: a job submitted is reported exactly once, or dropped unbegun by `close`. Loads go
+before saves. A load past its deadline fails before a chunk is begun, never inside one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvstrata.controller.client import Mapping
+from kvstrata.controller.client import MappedSegment
 from kvstrata.cuda_ext.native import ChunkMismatch
 
 log = logging.getLogger("kvstrata.transfer")
@@ -68,7 +68,7 @@ class Report:
 class Segments(Protocol):
     """Where granted segments are mapped; see `kvstrata.controller.client.SegmentMap`."""
 
-    def use(self, epoch: bytes, segment: int) -> AbstractContextManager[Mapping | None]: ...
+    def use(self, epoch: bytes, segment: int) -> AbstractContextManager[MappedSegment | None]: ...
 
 
 class Copier(Protocol):

@@ -1,7 +1,8 @@
 """Chunk keys: a chain of keyed BLAKE3 hashes over the prompt, seeded with the namespace.
 
 Rule of this file: a key says "these tokens, after exactly this prefix, in exactly this
-namespace". Two prompts share a key only if they share every token up to the chunk's end.
+namespace". Two prompts share a key only if they share every token up to the chunk's end. How many
+tokens a chunk has is not hashed: the namespace holds the digest of the layout, which does.
 """
 
 from __future__ import annotations

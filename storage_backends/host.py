@@ -36,14 +36,14 @@ class MappingError(OSError):
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class MappedSegment:
     """`nbytes` of a segment in this process's address space, at `address`."""
 
     address: int
     nbytes: int
 
 
-def map_segment(fd: int, nbytes: int) -> Mapping:
+def map_segment(fd: int, nbytes: int) -> MappedSegment:
     """Map a segment, aligned to huge pages. The descriptor may be closed afterwards.
 
     Raises:
@@ -64,10 +64,10 @@ def map_segment(fd: int, nbytes: int) -> Mapping:
         libc.munmap(base, address - base)
     if base + reserve > page_end:
         libc.munmap(page_end, base + reserve - page_end)
-    return Mapping(address, nbytes)
+    return MappedSegment(address, nbytes)
 
 
-def unmap_segment(mapping: Mapping) -> None:
+def unmap_segment(mapping: MappedSegment) -> None:
     """Give the addresses back. No copy may be using them."""
     _libc().munmap(mapping.address, mapping.nbytes)
 
@@ -76,7 +76,7 @@ class HostPool:
     """All segments of one node store; owns their descriptors and its own mappings."""
 
     def __init__(self) -> None:
-        self._segments: dict[int, tuple[int, Mapping]] = {}
+        self._segments: dict[int, tuple[int, MappedSegment]] = {}
         self._next = 0
 
     def make_segment(self, nbytes: int, should_stop: Callable[[], bool] = lambda: False) -> int:
@@ -109,7 +109,7 @@ class HostPool:
     def descriptor(self, segment: int) -> int:
         return self._segments[segment][0]
 
-    def mapping(self, segment: int) -> Mapping:
+    def mapping(self, segment: int) -> MappedSegment:
         return self._segments[segment][1]
 
     @property
@@ -124,7 +124,7 @@ class HostPool:
         self._segments.clear()
 
 
-def _prefault(mapping: Mapping, should_stop: Callable[[], bool]) -> None:
+def _prefault(mapping: MappedSegment, should_stop: Callable[[], bool]) -> None:
     libc = _libc()
     for start in range(0, mapping.nbytes, _COLLAPSE_STEP):
         if should_stop():

@@ -19,10 +19,10 @@ from kvstrata.connector.vllm.compat import instance_id
 from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.layout import chunk_layout, single_group
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
-from kvstrata.connector.vllm.scheduler import SchedulerSide
+from kvstrata.connector.vllm.scheduler import SchedulerConnector
 from kvstrata.connector.vllm.settings import load_config, log_like_vllm, refuse_unsupported
 from kvstrata.connector.vllm.stats import PromMetrics, Stats
-from kvstrata.connector.vllm.worker import WorkerSide
+from kvstrata.connector.vllm.worker import WorkerConnector
 from kvstrata.controller.client import NodeClient
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _WEIGHTS_WAIT_S = 3.0  # a start may take this longer; hashes several GB
 class KVStrataConnector(KVConnectorBase_V1):
     """One object in the engine core (SCHEDULER) and one in each worker (WORKER)."""
 
-    worker_side: type[WorkerSide] = WorkerSide
+    worker_class: type[WorkerConnector] = WorkerConnector
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -55,17 +55,17 @@ class KVStrataConnector(KVConnectorBase_V1):
         layout = chunk_layout(kv_cache_config, config.chunk.tokens)
         block_tokens = single_group(kv_cache_config).kv_cache_spec.block_size
         client = instance_id(vllm_config)
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._scheduler: SchedulerConnector | None = None
+        self._worker: WorkerConnector | None = None
         if role is KVConnectorRole.SCHEDULER:
             node = NodeClient(config, client, layout.slot_bytes, workers=1, notify=log.warning)
             identity = Identity(vllm_config, layout, config)
             identity.wait(_WEIGHTS_WAIT_S)
-            self._scheduler = SchedulerSide(
+            self._scheduler = SchedulerConnector(
                 node, identity, layout.chunk_tokens, block_tokens, 1, config.client
             )
         else:
-            self._worker = self.worker_side(client, 0, layout, block_tokens, config)
+            self._worker = self.worker_class(client, 0, layout, block_tokens, config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -75,46 +75,46 @@ class KVStrataConnector(KVConnectorBase_V1):
     # --- scheduler side ----------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        self._sched.new_request(request)
+        self._on_scheduler.new_request(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return self._sched.matched_tokens(request, num_computed_tokens)
+        return self._on_scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        self._sched.after_alloc(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+        self._on_scheduler.after_alloc(request, list(blocks.get_block_ids()[0]), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self._sched.build_work(scheduler_output)
+        return self._on_scheduler.build_work(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if isinstance(done := connector_output.kv_connector_worker_meta, WorkDone):
-            self._sched.work_done(done)
+            self._on_scheduler.work_done(done)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._sched.finished(request, block_ids)
+        self._on_scheduler.finished(request, block_ids)
         return False, None
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.busy()
 
     def reset_cache(self) -> bool | None:
-        self._sched.reset()
+        self._on_scheduler.reset()
         return True
 
     # --- worker side -------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._work.register(kv_caches, self._vllm_config.compilation_config.static_forward_context)
+        self._on_worker.register(kv_caches, self._vllm_config.compilation_config.static_forward_context)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        self._work.before_step(_step(kv_connector_metadata))
+        self._on_worker.before_step(_step(kv_connector_metadata))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._work.start_loads(_step(self._get_connector_metadata()))
+        self._on_worker.start_loads(_step(self._get_connector_metadata()))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are whole requests, outside the batch: no layer ever waits."""
@@ -128,13 +128,13 @@ class KVStrataConnector(KVConnectorBase_V1):
         """A step never waits for its saves: blocks are watched until they are copied."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self._work.finished_loads(_step(self._get_connector_metadata())) or None
+        return None, self._on_worker.finished_loads(_step(self._get_connector_metadata())) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._work.take_bad_blocks()
+        return self._on_worker.take_bad_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return self._work.take_done()
+        return self._on_worker.take_done()
 
     # --- both --------------------------------------------------------------------------------
 
@@ -162,12 +162,12 @@ class KVStrataConnector(KVConnectorBase_V1):
                 side.close()
 
     @property
-    def _sched(self) -> SchedulerSide:
+    def _on_scheduler(self) -> SchedulerConnector:
         assert self._scheduler is not None, "a scheduler hook was called on a worker"
         return self._scheduler
 
     @property
-    def _work(self) -> WorkerSide:
+    def _on_worker(self) -> WorkerConnector:
         assert self._worker is not None, "a worker hook was called on the scheduler"
         return self._worker
 

@@ -12,7 +12,7 @@ import torch
 
 from kvstrata.connector.transfer import Copier
 from kvstrata.connector.vllm.connector import KVStrataConnector
-from kvstrata.connector.vllm.worker import WorkerSide
+from kvstrata.connector.vllm.worker import WorkerConnector
 
 
 class _ZeroedLoads:
@@ -32,7 +32,7 @@ class _ZeroedLoads:
                     cache[block].zero_()
 
 
-class _ZeroingWorker(WorkerSide):
+class _ZeroingWorker(WorkerConnector):
     def make_copier(self, caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> Copier:
         return _ZeroedLoads(super().make_copier(caches, layers), caches)
 
@@ -40,4 +40,4 @@ class _ZeroingWorker(WorkerSide):
 class ZeroedLoadsConnector(KVStrataConnector):
     """Negative control: every hit loads zeros. Answers must change, or equality tests prove nothing."""
 
-    worker_side = _ZeroingWorker
+    worker_class = _ZeroingWorker

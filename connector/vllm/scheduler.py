@@ -37,7 +37,7 @@ log = logging.getLogger("kvstrata.vllm")
 _EXPIRY_EVERY_S = 1.0
 
 
-class SchedulerSide:
+class SchedulerConnector:
     """Runs in the engine core. Every method is called by vLLM's scheduler, on its thread."""
 
     def __init__(

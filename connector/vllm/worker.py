@@ -25,7 +25,7 @@ log = logging.getLogger("kvstrata.vllm")
 _IDLE_WAIT_S = 0.001
 
 
-class WorkerSide:
+class WorkerConnector:
     """Runs in each worker process. Every method is called on the model runner's thread.
 
     Args:

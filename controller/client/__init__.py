@@ -2,6 +2,15 @@
 
 from kvstrata.controller.client.node import Answer, Call, Lost, NodeClient, Session
 from kvstrata.controller.client.segments import SegmentMap, worker_segments
-from kvstrata.storage_backends.host import Mapping
+from kvstrata.storage_backends.host import MappedSegment
 
-__all__ = ["Answer", "Call", "Lost", "Mapping", "NodeClient", "SegmentMap", "Session", "worker_segments"]
+__all__ = [
+    "Answer",
+    "Call",
+    "Lost",
+    "MappedSegment",
+    "NodeClient",
+    "SegmentMap",
+    "Session",
+    "worker_segments",
+]

@@ -20,7 +20,7 @@ from kvstrata.controller.paths import runtime_paths
 from kvstrata.controller.side import Hello, receive_message, send_message
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import KVStrataError
-from kvstrata.storage_backends.host import Mapping, map_segment, unmap_segment
+from kvstrata.storage_backends.host import MappedSegment, map_segment, unmap_segment
 
 log = logging.getLogger("kvstrata.client")
 
@@ -108,16 +108,16 @@ def _welcome(message: dict[str, Any]) -> bytes:
 
 
 @dataclass(slots=True)
-class _Mapped:
-    mapping: Mapping
+class _Counted:
+    mapping: MappedSegment
     users: int = 0
 
 
 @dataclass(slots=True)
-class _Generation:
+class _StoreSegments:
     """Segments of one store process. `over`: that process is gone, unmap what nobody uses."""
 
-    segments: dict[int, _Mapped] = field(default_factory=dict)
+    segments: dict[int, _Counted] = field(default_factory=dict)
     over: bool = False
 
 
@@ -135,12 +135,12 @@ class SegmentMap:
         self,
         side_socket: Callable[[], Path],
         hello: Hello,
-        on_mapped: Callable[[Mapping], None] = lambda _: None,
+        on_mapped: Callable[[MappedSegment], None] = lambda _: None,
         retry_s: float = 0.5,
     ) -> None:
         self._side_socket, self._hello = side_socket, hello
         self._on_mapped, self._retry_s = on_mapped, retry_s
-        self._generations: dict[bytes, _Generation] = {}
+        self._stores: dict[bytes, _StoreSegments] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._connection: SideConnection | None = None
@@ -148,11 +148,11 @@ class SegmentMap:
         self._thread.start()
 
     @contextmanager
-    def use(self, epoch: bytes, segment: int) -> Iterator[Mapping | None]:
+    def use(self, epoch: bytes, segment: int) -> Iterator[MappedSegment | None]:
         """The mapping of `segment` of store `epoch`, kept mapped inside the `with`; None if there is none."""
         with self._lock:
-            generation = self._generations.get(epoch)
-            mapped = generation.segments.get(segment) if generation else None
+            store = self._stores.get(epoch)
+            mapped = store.segments.get(segment) if store else None
             if mapped is not None:
                 mapped.users += 1
         try:
@@ -181,13 +181,13 @@ class SegmentMap:
                 continue
             with self._lock:
                 self._connection = connection
-                self._generations.setdefault(connection.epoch, _Generation()).over = False
+                self._stores.setdefault(connection.epoch, _StoreSegments()).over = False
             while not self._closing.is_set() and (received := connection.receive()) is not None:
                 self._handle(connection, *received)
             connection.close(bye=self._closing.is_set())
             with self._lock:
                 self._connection = None
-                self._generations[connection.epoch].over = True
+                self._stores[connection.epoch].over = True
                 self._sweep()
             self._closing.wait(self._retry_s)
 
@@ -199,11 +199,11 @@ class SegmentMap:
                 return
             segment, nbytes = int(offered["id"]), int(offered["nbytes"])
             with self._lock:
-                known = segment in self._generations[connection.epoch].segments
+                known = segment in self._stores[connection.epoch].segments
             if not known:  # after a reconnection to the same store it may still be mapped
                 mapping = self._map(fds[0], nbytes)
                 with self._lock:
-                    self._generations[connection.epoch].segments[segment] = _Mapped(mapping)
+                    self._stores[connection.epoch].segments[segment] = _Counted(mapping)
             connection.send({"registered": segment})
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             log.warning("segment of the host pool not usable: %s", error)
@@ -211,7 +211,7 @@ class SegmentMap:
             for fd in fds:
                 os.close(fd)
 
-    def _map(self, fd: int, nbytes: int) -> Mapping:
+    def _map(self, fd: int, nbytes: int) -> MappedSegment:
         mapping = map_segment(fd, nbytes)
         try:
             self._on_mapped(mapping)
@@ -222,12 +222,12 @@ class SegmentMap:
 
     def _sweep(self) -> None:
         """Unmap what belongs to a store that is gone and nobody copies. The lock is held."""
-        for epoch, generation in list(self._generations.items()):
-            if not generation.over:
+        for epoch, store in list(self._stores.items()):
+            if not store.over:
                 continue
-            for segment, mapped in list(generation.segments.items()):
+            for segment, mapped in list(store.segments.items()):
                 if not mapped.users:
                     unmap_segment(mapped.mapping)
-                    del generation.segments[segment]
-            if not generation.segments:
-                del self._generations[epoch]
+                    del store.segments[segment]
+            if not store.segments:
+                del self._stores[epoch]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from kvstrata.connector.transfer import ChunkCopy, LoadJob, Report, SaveJob, Transfer
-from kvstrata.controller.client import Mapping
+from kvstrata.controller.client import MappedSegment
 from kvstrata.cuda_ext.native import ChecksumMismatch
 
 EPOCH = b"epoch 1."
@@ -28,10 +28,10 @@ class Segments:
         self.in_use = 0
 
     @contextmanager
-    def use(self, epoch: bytes, segment: int) -> Iterator[Mapping | None]:
+    def use(self, epoch: bytes, segment: int) -> Iterator[MappedSegment | None]:
         self.in_use += 1
         try:
-            yield Mapping(BASE, 1 << 16) if (epoch, segment) == (EPOCH, 0) else None
+            yield MappedSegment(BASE, 1 << 16) if (epoch, segment) == (EPOCH, 0) else None
         finally:
             self.in_use -= 1
 

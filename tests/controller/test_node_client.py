@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvstrata.controller.client import Mapping, NodeClient, SegmentMap
+from kvstrata.controller.client import MappedSegment, NodeClient, SegmentMap
 from kvstrata.controller.client.node import _send
 from kvstrata.controller.side import Hello
 from kvstrata.core.config import Config
@@ -201,7 +201,7 @@ def test_a_reason_that_only_a_newer_store_knows_is_a_refusal(call: Match | Updat
 class Worker:
     """A segment map that talks to a fake store over `sock`."""
 
-    def __init__(self, fake_side: StartFake, folder: Path, on_mapped: Callable[[Mapping], None]) -> None:
+    def __init__(self, fake_side: StartFake, folder: Path, on_mapped: Callable[[MappedSegment], None]) -> None:
         self._sockets: list[socket.socket] = []
         fake_side(self._welcome)
         self.map = SegmentMap(
@@ -224,7 +224,7 @@ class Worker:
     def said(self) -> Any:
         return json.loads(self.sock.recv(4096))
 
-    def mapping(self, segment: int, epoch: bytes = EPOCH) -> Mapping | None:
+    def mapping(self, segment: int, epoch: bytes = EPOCH) -> MappedSegment | None:
         with self.map.use(epoch, segment) as mapping:
             return mapping
 
@@ -243,12 +243,12 @@ def memory() -> Iterator[int]:
     os.close(fd)
 
 
-def mappings(memory: int) -> list[Mapping]:
+def mappings(memory: int) -> list[MappedSegment]:
     """Where this process maps `memory`."""
     inode = str(os.fstat(memory).st_ino)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [tuple(int(part, 16) for part in fields[0].split("-")) for fields in lines if fields[4] == inode]
-    return [Mapping(first, last - first) for first, last in ranges]
+    return [MappedSegment(first, last - first) for first, last in ranges]
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_an_offered_segment_is_mapped_and_registered(worker: Worker, memory: int
 def test_a_segment_is_announced_once_it_is_registered_with_the_device(
     fake_side: StartFake, runtime_dir: Path, memory: int
 ) -> None:
-    registered: list[Mapping] = []
+    registered: list[MappedSegment] = []
     worker = Worker(fake_side, runtime_dir, registered.append)
     worker.offer(segment(0), memory)
     assert worker.said() == {"registered": 0}
@@ -317,7 +317,7 @@ def test_an_offer_with_other_fields_is_passed_over(worker: Worker, memory: int, 
 def test_a_segment_that_the_device_refuses_is_neither_registered_nor_kept(
     fake_side: StartFake, runtime_dir: Path, memory: int, error: Exception
 ) -> None:
-    def refuse_first(mapping: Mapping) -> None:
+    def refuse_first(mapping: MappedSegment) -> None:
         if mapping.nbytes == 2048:
             raise error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.storage_backends.host import HostPool, Mapping, MappingError, map_segment, unmap_segment
+from kvstrata.storage_backends.host import HostPool, MappedSegment, MappingError, map_segment, unmap_segment
 
 MIB = 1 << 20
 HUGE_PAGE = 2 << 20
@@ -39,7 +39,7 @@ def open_segments() -> list[str]:
     return [link for link in links if "memfd:kvstrata" in link]
 
 
-def resident(mapping: Mapping) -> int:
+def resident(mapping: MappedSegment) -> int:
     """Bytes of `mapping` that are in memory, on this process's account (PSS: shared pages count in part)."""
     inside, total = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
