@@ -170,6 +170,12 @@ def test_nothing_has_a_name_while_the_weights_are_being_read(
     identity.new_generation()
     assert known(identity, request()) != first
 
+    may_end.clear()
+    lora = request(lora_request=adapter(tmp_path / "lora", 1))
+    assert identity.namespace(lora) is None  # it is read beside the engine, not waited for
+    may_end.set()
+    assert known(identity, lora) != known(identity, request())
+
 
 def test_weights_that_cannot_be_identified_are_said_once_and_nothing_is_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -195,7 +201,6 @@ def test_adapters_and_salts_have_namespaces_of_their_own(identity: Identity, tmp
     one, other = adapter(tmp_path / "one", 1), adapter(tmp_path / "other", 2)
     wider = adapter(tmp_path / "wider", 1, rank=16)
     same = adapter(tmp_path / "same", 1)
-    assert identity.namespace(request(lora_request=one)) is None  # it is read beside, not waited for
     spaces = [
         known(identity, request(**fields))
         for fields in (
