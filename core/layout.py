@@ -14,10 +14,12 @@ from functools import cached_property
 
 from kvstrata.core.digest import digest
 from kvstrata.core.errors import UnsupportedModel
+from kvstrata.core.packing import can_pack, packed_bytes
 
-FORMAT_VERSION = 0  # stays 0 until exact packing has landed
+FORMAT_VERSION = 1
 ALIGNMENT = 4096  # parts and slots start on pages: direct I/O and registration need it
 CODEC_RAW = 0
+CODEC_PACKED = 1  # bf16 exactly, in about 12 bits (core/packing.py); other dtypes stay raw beside it
 
 _MAGIC = b"KVSTRATA"
 _HEADER = struct.Struct("<8sHHIII32s32sQ")  # see docs/format.md
@@ -125,10 +127,20 @@ class ChunkLayout:
             for layer_index, layer in enumerate(part.layers):
                 for head in range(layer.kv_heads):
                     for plane, dim in enumerate(layer.plane_dims):
-                        nbytes = self.chunk_tokens * dim * layer.item_bytes
+                        nbytes = self.stored_bytes(layer, dim)
                         yield SubBlock(index, part_index, layer_index, head, plane, offset, nbytes)
                         index += 1
                         offset += nbytes
+
+    def is_packed(self, layer: LayerSpec, dim: int) -> bool:
+        """Whether sub-blocks of `layer` with `dim` elements a token are stored packed."""
+        return self.codec == CODEC_PACKED and can_pack(self.chunk_tokens, dim, layer.dtype)
+
+    def stored_bytes(self, layer: LayerSpec, dim: int) -> int:
+        """Size of one sub-block of `layer` with `dim` elements a token."""
+        if self.is_packed(layer, dim):
+            return packed_bytes(self.chunk_tokens, dim)
+        return self.chunk_tokens * dim * layer.item_bytes
 
     @cached_property
     def sub_block_count(self) -> int:

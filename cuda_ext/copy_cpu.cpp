@@ -8,7 +8,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include <memory>
+#include <new>
+
 #include "checksum.h"
+#include "pack_cpu.h"
 #include "transpose.h"
 
 // One binary for every x86-64, at the speed of this one. Needs ifuncs, so glibc; elsewhere (Arm, musl)
@@ -34,6 +38,12 @@ struct View {
 using Source = View<const uint8_t>;
 using Target = View<uint8_t>;
 
+KVS_CLONES bool pack_rows(const uint16_t* rows, const kvs::Packed& shape, uint8_t* stored) {
+    return kvs::pack(rows, shape, stored);
+}
+KVS_CLONES void unpack_rows(const uint8_t* stored, const kvs::Packed& shape, uint16_t* rows) {
+    kvs::unpack(stored, shape, rows);
+}
 KVS_CLONES uint64_t sum_words(const uint8_t* data, size_t nbytes) { return kvs::sum_words(data, nbytes); }
 
 template <class Item>
@@ -95,6 +105,11 @@ struct Head {
     int64_t index() const { return plane.checksum_index + (plane.first_head + local) * plane.checksum_stride; }
     int64_t slot_offset() const { return plane.slot_offset + (plane.first_head + local) * plane.slot_stride; }
     int64_t token_bytes() const { return int64_t{plane.dim} * plane.item_bytes; }
+    bool packed() const { return plane.codec == KVS_PACKED; }
+    kvs::Packed shape(int64_t tokens) const { return {tokens * plane.dim, plane.dim}; }
+    int64_t stored_bytes(int64_t tokens) const {
+        return packed() ? shape(tokens).nbytes() : tokens * token_bytes();
+    }
     uint8_t* region(int64_t block) const {
         return plane.base + block * plane.stride_block + local * plane.stride_head;
     }
@@ -141,6 +156,23 @@ void scatter_head(const Head& head, const int64_t* block_ids, int64_t block_toke
     }
 }
 
+// Room for one unpacked sub-block, the largest of a call's; none where nothing is packed.
+class Rows {
+  public:
+    Rows(const kvs_plane* planes, int64_t n_planes, int64_t tokens) {
+        int64_t most = 0;
+        for (int64_t p = 0; p < n_planes; ++p) {
+            if (planes[p].codec == KVS_PACKED && planes[p].dim > most) most = planes[p].dim;
+        }
+        if (most > 0) items_.reset(new (std::nothrow) uint16_t[static_cast<size_t>(most * tokens)]);
+    }
+    uint16_t* items() const { return items_.get(); }
+    uint8_t* get() const { return reinterpret_cast<uint8_t*>(items_.get()); }
+
+  private:
+    std::unique_ptr<uint16_t[]> items_;
+};
+
 void write_entry(uint8_t* table, int64_t index, uint64_t checksum) {
     memcpy(table + index * int64_t{sizeof checksum}, &checksum, sizeof checksum);
 }
@@ -165,23 +197,28 @@ uint64_t kvs_checksum(const uint8_t* data, int64_t nbytes, uint64_t seed) noexce
     return kvs::finish(sum_words(data, size), size, seed);
 }
 
-void kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids, int64_t block_tokens,
-                int64_t chunk_tokens, uint8_t* slot, int64_t checksum_table_offset,
-                uint64_t seed) noexcept {
+int64_t kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids, int64_t block_tokens,
+                   int64_t chunk_tokens, uint8_t* slot, int64_t checksum_table_offset,
+                   uint64_t seed) noexcept {
     const int64_t blocks = chunk_tokens / block_tokens;
+    const Rows unpacked(planes, n_planes, chunk_tokens);
     for (int64_t p = 0; p < n_planes; ++p) {
         for (int64_t h = 0; h < planes[p].heads; ++h) {
             const Head head = {planes[p], h};
-            uint8_t* rows = slot + head.slot_offset();
+            uint8_t* stored = slot + head.slot_offset();
+            uint8_t* rows = head.packed() ? unpacked.get() : stored;
+            if (rows == nullptr) return head.index();
             switch (planes[p].item_bytes) {
                 case 1: gather_head<uint8_t>(head, block_ids, block_tokens, blocks, rows); break;
                 case 2: gather_head<uint16_t>(head, block_ids, block_tokens, blocks, rows); break;
                 default: gather_head<uint32_t>(head, block_ids, block_tokens, blocks, rows); break;
             }
-            const uint64_t entry = entry_of(head.index(), rows, chunk_tokens * head.token_bytes(), seed);
+            if (head.packed() && !pack_rows(unpacked.items(), head.shape(chunk_tokens), stored)) return head.index();
+            const uint64_t entry = entry_of(head.index(), stored, head.stored_bytes(chunk_tokens), seed);
             write_entry(slot + checksum_table_offset, head.index(), entry);
         }
     }
+    return KVS_ALL_GOOD;
 }
 
 int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids,
@@ -189,12 +226,19 @@ int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int64_t* bl
                     int64_t checksum_table_offset, uint64_t seed) noexcept {
     const int64_t blocks = chunk_tokens / block_tokens;
     const uint8_t* table = slot + checksum_table_offset;
+    const Rows unpacked(planes, n_planes, chunk_tokens);
     for (int64_t p = 0; p < n_planes; ++p) {
         for (int64_t h = 0; h < planes[p].heads; ++h) {
             const Head head = {planes[p], h};
-            const uint8_t* rows = slot + head.slot_offset();
-            const int64_t nbytes = chunk_tokens * head.token_bytes();
-            if (!entry_matches(table, head.index(), rows, nbytes, seed)) return head.index();
+            const uint8_t* stored = slot + head.slot_offset();
+            if (!entry_matches(table, head.index(), stored, head.stored_bytes(chunk_tokens), seed)) {
+                return head.index();
+            }
+            const uint8_t* rows = stored;
+            if (head.packed()) {
+                if ((rows = unpacked.get()) == nullptr) return head.index();
+                unpack_rows(stored, head.shape(chunk_tokens), unpacked.items());
+            }
             switch (planes[p].item_bytes) {
                 case 1: scatter_head<uint8_t>(head, block_ids, block_tokens, blocks, rows); break;
                 case 2: scatter_head<uint16_t>(head, block_ids, block_tokens, blocks, rows); break;

@@ -9,9 +9,12 @@
 
 #include <stdint.h>
 
-#define KVS_ABI_VERSION 2
+#define KVS_ABI_VERSION 3
 #define KVS_ALL_GOOD (-1)
 #define KVS_NO_BLOCK (-1)
+#define KVS_BLOCKS_MAX 256 /* engine blocks a chunk, on a GPU: they travel as a kernel's argument */
+#define KVS_RAW 0
+#define KVS_PACKED 1 /* pack.h; 2-byte items only */
 
 #define KVS_API __attribute__((visibility("default")))
 
@@ -42,6 +45,8 @@ typedef struct kvs_plane {
     int32_t first_head;
     int32_t dim;
     int32_t item_bytes; /* 1, 2 or 4 */
+    int32_t codec;      /* KVS_RAW or KVS_PACKED, how its sub-blocks are stored */
+    int32_t reserved;
     int64_t slot_offset;
     int64_t slot_stride;
     int64_t checksum_index; /* entries of the slot's checksum table */
@@ -62,8 +67,10 @@ KVS_API uint64_t kvs_checksum(const uint8_t* data, int64_t nbytes, uint64_t seed
 
 /* Copies the chunk that lies in `block_ids` (chunk_tokens / block_tokens of them) into the slot and
  * writes each sub-block's checksum into the 64-bit table at `checksum_table_offset`. Nothing else of
- * the slot is written. */
-KVS_API void kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids,
+ * the slot is written.
+ * Returns KVS_ALL_GOOD, or the index of the first sub-block that does not fit when packed: the slot
+ * then holds no chunk. */
+KVS_API int64_t kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t* block_ids,
                         int64_t block_tokens, int64_t chunk_tokens, uint8_t* slot,
                         int64_t checksum_table_offset, uint64_t seed) KVS_NOEXCEPT;
 
@@ -78,6 +85,48 @@ KVS_API int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int
 /* Checks sub-blocks without an engine; returns as kvs_scatter does. */
 KVS_API int64_t kvs_verify(const uint8_t* slot, const kvs_sub_block* sub_blocks, int64_t count,
                            int64_t checksum_table_offset, uint64_t seed) KVS_NOEXCEPT;
+
+/* --- the GPU library, which has state: a pipe owns staging memory, streams and events ------------- */
+
+typedef struct kvs_pipe kvs_pipe;
+
+typedef struct kvs_pipe_shape {
+    int32_t device;
+    int32_t slabs;          /* of staging memory: three keep a link busy */
+    int64_t slab_bytes;     /* what is larger than a slab moves in pieces */
+    int32_t chunk_tokens;
+    int32_t block_tokens;
+    int64_t checksum_offset;
+} kvs_pipe_shape;
+
+/* One chunk: a slot in memory that kvs_cuda_register knows, and chunk_tokens / block_tokens block ids. */
+typedef struct kvs_chunk {
+    uint8_t* slot;
+    const int32_t* block_ids;
+    uint64_t seed;
+} kvs_chunk;
+
+/* All of these return 0 or a CUDA error; kvs_cuda_error puts it in words. */
+KVS_API int kvs_cuda_abi_version(void) KVS_NOEXCEPT;
+KVS_API const char* kvs_cuda_error(int error) KVS_NOEXCEPT;
+KVS_API int kvs_cuda_register(void* memory, int64_t nbytes) KVS_NOEXCEPT;
+KVS_API int kvs_cuda_unregister(void* memory) KVS_NOEXCEPT;
+
+KVS_API int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plane* planes, int64_t n_planes,
+                          kvs_pipe** pipe) KVS_NOEXCEPT;
+KVS_API void kvs_pipe_close(kvs_pipe* pipe) KVS_NOEXCEPT;
+
+/* Slots -> blocks, behind the event `after` (or NULL); returns when the last chunk is there. No chunk is
+ * begun past `expires` (monotonic seconds); `begun` says how many were. At most 1024 chunks a call.
+ * flags[i] is KVS_ALL_GOOD, or the index of a sub-block of chunk i that did not match: nothing of that
+ * sub-block was written, others of the chunk were. */
+KVS_API int kvs_pipe_load(kvs_pipe* pipe, const kvs_chunk* chunks, int64_t count, void* after, double expires,
+                          int64_t* begun, int64_t* flags) KVS_NOEXCEPT;
+
+/* Blocks -> slots; as above. flags[i] is KVS_ALL_GOOD, or the index of a sub-block that does not fit
+ * when packed: the slot then holds no chunk. */
+KVS_API int kvs_pipe_save(kvs_pipe* pipe, const kvs_chunk* chunks, int64_t count, void* after,
+                          int64_t* flags) KVS_NOEXCEPT;
 
 #ifdef __cplusplus
 }

@@ -17,9 +17,9 @@ from typing import Any
 import kvstrata.cuda_ext
 from kvstrata.core.digest import DIGEST_BYTES
 from kvstrata.core.errors import KVStrataError
-from kvstrata.core.layout import ChunkLayout, LayerSpec, SubBlock, writer_of
+from kvstrata.core.layout import CODEC_PACKED, CODEC_RAW, ChunkLayout, LayerSpec, SubBlock, writer_of
 
-ABI_VERSION = 2  # KVS_ABI_VERSION in kvstrata.h
+ABI_VERSION = 3  # KVS_ABI_VERSION in kvstrata.h
 LIBRARY_NAME = "_kvstrata_cpu.so"
 NO_BLOCK = -1  # KVS_NO_BLOCK: this block takes no part in a scatter
 _ALL_GOOD = -1
@@ -43,6 +43,14 @@ class ChecksumMismatch(ChunkMismatch):
 
     def __init__(self, sub_block_index: int) -> None:
         super().__init__(f"sub-block {sub_block_index} does not match its checksum: the chunk is damaged")
+        self.sub_block_index = sub_block_index
+
+
+class DoesNotFit(KVStrataError):
+    """A chunk has a sub-block with more escapes than its packed form holds."""
+
+    def __init__(self, sub_block_index: int) -> None:
+        super().__init__(f"sub-block {sub_block_index} is spread too widely to be packed")
         self.sub_block_index = sub_block_index
 
 
@@ -107,7 +115,7 @@ def tensor_parallel_slice(
     return tuple(heads), tuple(writes)
 
 
-class _Plane(ctypes.Structure):
+class Plane(ctypes.Structure):
     """kvs_plane"""
 
     _fields_ = [
@@ -121,6 +129,8 @@ class _Plane(ctypes.Structure):
         ("first_head", ctypes.c_int32),
         ("dim", ctypes.c_int32),
         ("item_bytes", ctypes.c_int32),
+        ("codec", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("slot_offset", ctypes.c_int64),
         ("slot_stride", ctypes.c_int64),
         ("checksum_index", ctypes.c_int64),
@@ -183,15 +193,14 @@ class CopyEngine:
     """
 
     def __init__(self, layout: ChunkLayout, cache: EngineCache, library: Library | None = None) -> None:
-        _check_cache(layout, cache)
         self.layout = layout
         self.cache = cache
         self._native = (library or load_library()).native
         self._tables: dict[bytes, ctypes.Array[ctypes.c_char]] = {}  # what the planes point into
-        held = list(self._planes())
+        held = native_planes(layout, cache, self._tables)
         written = [plane for plane, written in held if written]
-        self._held = (_Plane * len(held))(*(plane for plane, _ in held))
-        self._written = (_Plane * len(written))(*written)
+        self._held = (Plane * len(held))(*(plane for plane, _ in held))
+        self._written = (Plane * len(written))(*written)
         self._blocks = layout.chunk_tokens // cache.block_tokens
 
     def gather(self, slot_address: int, block_ids: Sequence[int], key: bytes) -> None:
@@ -201,14 +210,17 @@ class CopyEngine:
         `layout.slot_bytes` bytes and is otherwise left as it is.
 
         Raises:
+            DoesNotFit: its elements are spread too widely to be packed; the slot holds no chunk.
             ValueError: a block id outside the cache, or a wrong number of them.
         """
         ids = self._block_ids(block_ids)
-        header = _header(self.layout, key)
-        self._native.kvs_gather(
+        header = header_of(self.layout, key)
+        bad = self._native.kvs_gather(
             self._written, len(self._written), ids, self.cache.block_tokens, self.layout.chunk_tokens,
             slot_address, self.layout.checksum_offset, seed_of(key),
         )  # fmt: skip
+        if bad != _ALL_GOOD:
+            raise DoesNotFit(bad)
         ctypes.memmove(slot_address, header, len(header))
 
     def scatter(self, slot_address: int, block_ids: Sequence[int], key: bytes) -> None:
@@ -232,79 +244,107 @@ class CopyEngine:
             raise ChecksumMismatch(bad)
 
     def _block_ids(self, block_ids: Sequence[int], may_skip: bool = False) -> ctypes.Array[ctypes.c_int64]:
-        if len(block_ids) != self._blocks:
-            raise ValueError(f"a chunk is {self._blocks} engine blocks, got {len(block_ids)} block ids")
-        for block_id in block_ids:
-            if not 0 <= block_id < self.cache.num_blocks and not (may_skip and block_id == NO_BLOCK):
-                raise ValueError(f"block id {block_id} is outside 0 .. {self.cache.num_blocks - 1}")
+        check_block_ids(self.cache, self._blocks, block_ids, may_skip)
         return (ctypes.c_int64 * self._blocks)(*block_ids)
 
-    def _planes(self) -> Iterator[tuple[_Plane, bool]]:
-        """The planes held here, each with whether this rank gathers it."""
-        cache = self.cache
-        index = 0
-        for layer_index, (layer, planes) in enumerate(_sub_blocks_of_layers(self.layout)):
-            heads = cache.heads[layer_index] if cache.heads else HeadRange(0, layer.kv_heads)
-            for plane, of_heads in enumerate(planes):
-                view = cache.planes[index]
-                if view is not None:
-                    dim = layer.plane_dims[plane]
-                    written = cache.writes is None or cache.writes[index]
-                    yield self._plane(view, heads, dim, layer.item_bytes, of_heads), written
-                index += 1
 
-    def _plane(
-        self, view: PlaneView, heads: HeadRange, dim: int, item_bytes: int, of_heads: Sequence[SubBlock]
-    ) -> _Plane:
-        first, last = of_heads[0], of_heads[-1]
-        steps = max(1, len(of_heads) - 1)
-        return _Plane(
-            base=view.pointer,
-            stride_block=view.stride_block,
-            stride_head=view.stride_head,
-            stride_token=view.stride_token,
-            stride_dim=view.stride_dim,
-            table=self._table_address(view, dim),
-            heads=heads.count,
-            first_head=heads.first,
-            dim=dim,
-            item_bytes=item_bytes,
-            slot_offset=first.offset,
-            slot_stride=(last.offset - first.offset) // steps,
-            checksum_index=first.index,
-            checksum_stride=(last.index - first.index) // steps,
-        )
+def native_planes(
+    layout: ChunkLayout, cache: EngineCache, tables: dict[bytes, ctypes.Array[ctypes.c_char]]
+) -> list[tuple[Plane, bool]]:
+    """What C needs to know of the planes held in `cache`, each with whether this rank gathers it.
 
-    def _table_address(self, view: PlaneView, dim: int) -> int | None:
-        """The address of this engine's own copy of `view.table`, one for all planes that share it."""
-        if view.table is None:
-            return None
-        wanted = self.cache.block_tokens * dim * ctypes.sizeof(ctypes.c_int32)
-        if len(view.table) != wanted:
-            raise ValueError(f"a plane's table has {len(view.table)} bytes, its blocks need {wanted}")
-        if view.table not in self._tables:
-            entries = memoryview(view.table).cast("i")
-            if min(entries) < 0 or len(set(entries)) != len(entries):
-                raise ValueError("a plane's table has negative or repeated offsets")
-            self._tables[view.table] = ctypes.create_string_buffer(view.table, len(view.table))
-        return ctypes.addressof(self._tables[view.table])
+    `tables` gets the memory that planes with a table point into; keep it as long as the planes.
+
+    Raises:
+        ValueError: `cache` does not fit `layout`.
+    """
+    _check_cache(layout, cache)
+    planes: list[tuple[Plane, bool]] = []
+    index = 0
+    for layer_index, (layer, of_planes) in enumerate(_sub_blocks_of_layers(layout)):
+        heads = cache.heads[layer_index] if cache.heads else HeadRange(0, layer.kv_heads)
+        for plane, of_heads in enumerate(of_planes):
+            view = cache.planes[index]
+            if view is not None:
+                written = cache.writes is None or cache.writes[index]
+                planes.append((_plane(layout, cache, layer, plane, view, heads, of_heads, tables), written))
+            index += 1
+    return planes
 
 
-def find_library() -> Path:
+def _plane(
+    layout: ChunkLayout,
+    cache: EngineCache,
+    layer: LayerSpec,
+    plane: int,
+    view: PlaneView,
+    heads: HeadRange,
+    of_heads: Sequence[SubBlock],
+    tables: dict[bytes, ctypes.Array[ctypes.c_char]],
+) -> Plane:
+    first, last = of_heads[0], of_heads[-1]
+    steps = max(1, len(of_heads) - 1)
+    dim = layer.plane_dims[plane]
+    return Plane(
+        base=view.pointer,
+        stride_block=view.stride_block,
+        stride_head=view.stride_head,
+        stride_token=view.stride_token,
+        stride_dim=view.stride_dim,
+        table=_table_address(view, cache.block_tokens * dim, tables),
+        heads=heads.count,
+        first_head=heads.first,
+        dim=dim,
+        item_bytes=layer.item_bytes,
+        codec=CODEC_PACKED if layout.is_packed(layer, dim) else CODEC_RAW,
+        slot_offset=first.offset,
+        slot_stride=(last.offset - first.offset) // steps,
+        checksum_index=first.index,
+        checksum_stride=(last.index - first.index) // steps,
+    )
+
+
+def _table_address(
+    view: PlaneView, items: int, tables: dict[bytes, ctypes.Array[ctypes.c_char]]
+) -> int | None:
+    """The address of our own copy of `view.table`, one for all planes that share it."""
+    if view.table is None:
+        return None
+    wanted = items * ctypes.sizeof(ctypes.c_int32)
+    if len(view.table) != wanted:
+        raise ValueError(f"a plane's table has {len(view.table)} bytes, its blocks need {wanted}")
+    if view.table not in tables:
+        entries = memoryview(view.table).cast("i")
+        if min(entries) < 0 or len(set(entries)) != len(entries):
+            raise ValueError("a plane's table has negative or repeated offsets")
+        tables[view.table] = ctypes.create_string_buffer(view.table, len(view.table))
+    return ctypes.addressof(tables[view.table])
+
+
+def check_block_ids(cache: EngineCache, blocks: int, block_ids: Sequence[int], may_skip: bool) -> None:
+    """Raises ValueError unless `block_ids` are `blocks` ids inside `cache` (or `NO_BLOCK` where allowed)."""
+    if len(block_ids) != blocks:
+        raise ValueError(f"a chunk is {blocks} engine blocks, got {len(block_ids)} block ids")
+    for block_id in block_ids:
+        if not 0 <= block_id < cache.num_blocks and not (may_skip and block_id == NO_BLOCK):
+            raise ValueError(f"block id {block_id} is outside 0 .. {cache.num_blocks - 1}")
+
+
+def find_library(name: str = LIBRARY_NAME) -> Path:
     """Where the copy library lies: in the package, or where an editable install put it.
 
     Raises:
         NativeLibraryError: in none of the places; the message says how to build it.
     """
-    packaged = Path(str(importlib.resources.files("kvstrata") / "cuda_ext" / LIBRARY_NAME))
+    packaged = Path(str(importlib.resources.files("kvstrata") / "cuda_ext" / name))
     # An editable install spreads a package over the source tree and site-packages; both are on its path.
-    spread = [Path(folder) / LIBRARY_NAME for folder in kvstrata.cuda_ext.__path__]
+    spread = [Path(folder) / name for folder in kvstrata.cuda_ext.__path__]
     for path in [packaged, *spread]:
         if path.is_file():
             return path
     looked = ", ".join(str(path.parent) for path in spread)
     raise NativeLibraryError(
-        f"{LIBRARY_NAME} is not in {looked}: install a wheel of kvstrata or, in a checkout, {_BUILD}"
+        f"{name} is not in {looked}: install a wheel of kvstrata or, in a checkout, {_BUILD}"
     )
 
 
@@ -335,12 +375,13 @@ def seed_of(key: bytes) -> int:
 
 def compare_header(slot_address: int, layout: ChunkLayout, key: bytes) -> None:
     """Raises `HeaderMismatch` unless the slot starts with the header of `layout` and `key`."""
-    header = _header(layout, key)
+    header = header_of(layout, key)
     if ctypes.string_at(slot_address, len(header)) != header:
         raise HeaderMismatch(f"the slot does not hold chunk {key.hex()} in the expected layout")
 
 
-def _header(layout: ChunkLayout, key: bytes) -> bytes:
+def header_of(layout: ChunkLayout, key: bytes) -> bytes:
+    """What the slot of `key` starts with. Raises ValueError if `key` is none."""
     if len(key) != DIGEST_BYTES:
         raise ValueError(f"a key has {DIGEST_BYTES} bytes, got {len(key)}")
     return layout.header(key)
@@ -379,12 +420,12 @@ def _check_cache(layout: ChunkLayout, cache: EngineCache) -> None:
 def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     """Gives the functions of kvstrata.h their types; without them ctypes cuts pointers to 32 bits."""
     pointer, int64, uint64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
-    planes, ids = ctypes.POINTER(_Plane), ctypes.POINTER(int64)
+    planes, ids = ctypes.POINTER(Plane), ctypes.POINTER(int64)
     copy: list[Any] = [planes, int64, ids, int64, int64, pointer, int64, uint64]
     native.kvs_checksum.argtypes = [pointer, int64, uint64]
     native.kvs_checksum.restype = uint64
     native.kvs_gather.argtypes = copy
-    native.kvs_gather.restype = None
+    native.kvs_gather.restype = int64
     native.kvs_scatter.argtypes = copy
     native.kvs_scatter.restype = int64
     native.kvs_verify.argtypes = [pointer, ctypes.POINTER(_SubBlock), int64, int64, uint64]
