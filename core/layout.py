@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,7 @@ class SubBlock:
     layer: int  # position inside the part
     head: int
     plane: int
+    turn: int  # how many of this head's sub-blocks lie before it, in all layers with as many heads
     offset: int  # bytes from the start of the chunk
     nbytes: int
 
@@ -120,15 +122,18 @@ class ChunkLayout:
     def _walk(self) -> Iterator[SubBlock]:
         index = 0
         offset = self.payload_offset
+        turns: Counter[int] = Counter()  # by heads a layer: others divide them differently among ranks
         for part_index, part in enumerate(self.parts):
             offset = _round_up(offset, ALIGNMENT)
             for layer_index, layer in enumerate(part.layers):
                 for head in range(layer.kv_heads):
                     for plane, dim in enumerate(layer.plane_dims):
                         nbytes = self.chunk_tokens * dim * layer.item_bytes
-                        yield SubBlock(index, part_index, layer_index, head, plane, offset, nbytes)
+                        turn = turns[layer.kv_heads] + plane
+                        yield SubBlock(index, part_index, layer_index, head, plane, turn, offset, nbytes)
                         index += 1
                         offset += nbytes
+                turns[layer.kv_heads] += len(layer.plane_dims)
 
     @cached_property
     def sub_block_count(self) -> int:
@@ -201,7 +206,7 @@ def writer_of(layout: ChunkLayout, tp_size: int, sub_block: SubBlock) -> int:
     """The tensor-parallel rank that writes `sub_block`; every sub-block has exactly one.
 
     Where heads are divided, a rank writes its own heads. Where they are replicated (more ranks
-    than heads, MLA), the replicas of a head take its sub-blocks in turn, so none writes all.
+    than heads, MLA), the replicas of a head take its sub-blocks in turn, over the whole chunk.
 
     Raises:
         UnsupportedModel: neither divides the other, so ranks would own parts of heads.
@@ -211,8 +216,7 @@ def writer_of(layout: ChunkLayout, tp_size: int, sub_block: SubBlock) -> int:
         return sub_block.head // (layer.kv_heads // tp_size)
     if tp_size % layer.kv_heads == 0:
         replicas = tp_size // layer.kv_heads
-        turn = (sub_block.layer * len(layer.plane_dims) + sub_block.plane) % replicas
-        return sub_block.head * replicas + turn
+        return sub_block.head * replicas + sub_block.turn % replicas
     raise UnsupportedModel(
         f"layer {layer.name}: {layer.kv_heads} KV heads over {tp_size} ranks leaves ranks with parts of heads"
     )
