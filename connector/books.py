@@ -8,14 +8,18 @@ which saves those are.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kvstrata.connector.transfer import ChunkCopy, SaveJob
 from kvstrata.core.events import Update
 from kvstrata.core.slots import Slot
 
-_USED_MAX = 64  # prefixes in one Update: they only tell the policy what is fresh
+# Prefixes, and keys in all of them, in one Update: 1 MiB, of the 4 that gRPC takes. They only tell the
+# policy what is fresh, so the oldest may be left out.
+_USED_MAX = 64
+_USED_KEYS_MAX = 32768
 
 
 class Stage(enum.Enum):
@@ -122,7 +126,7 @@ class Outbox:
     aborted: list[int] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     corrupt: list[bytes] = field(default_factory=list)
-    used: list[tuple[bytes, ...]] = field(default_factory=list)
+    used: deque[tuple[bytes, ...]] = field(default_factory=lambda: deque(maxlen=_USED_MAX))
 
     def __bool__(self) -> bool:
         return bool(
@@ -139,12 +143,20 @@ class Outbox:
             aborted=tuple(self.aborted),
             released=tuple(self.released),
             corrupt=tuple(self.corrupt),
-            used=tuple(self.used[-_USED_MAX:]),
+            used=tuple(self._newest_used())[::-1],
             leases_held=leases_held,
             jobs_held=jobs_held,
         )
         self.clear()
         return update
+
+    def _newest_used(self) -> Iterator[tuple[bytes, ...]]:
+        room = _USED_KEYS_MAX
+        for keys in reversed(self.used):
+            if room <= 0:
+                return
+            yield keys[:room]
+            room -= len(keys)
 
     def take_back(self, update: Update) -> None:
         """An Update got lost. Say it again; what it may have reserved is given back."""
@@ -155,5 +167,6 @@ class Outbox:
 
     def clear(self) -> None:
         """Forget everything: the store that it was meant for is gone."""
-        for box in (self.reserve, self.committed, self.aborted, self.released, self.corrupt, self.used):
+        for box in (self.reserve, self.committed, self.aborted, self.released, self.corrupt):
             box.clear()
+        self.used.clear()

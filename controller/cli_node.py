@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,20 @@ from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
 _ANSWER_S = 5.0
 _END_S = 15.0
 _LOOK_EVERY_S = 0.05
+
+# What `kvstrata stats` calls a chunk's states, and what became of chunks that are not there (any more).
+_STATES = {
+    "ready": "stored",
+    "reserved": "being written",
+    "evicting": "evicted but still read",
+    "quarantined": "held for a writer that hangs",
+}
+_LOSSES = {
+    "evicted_chunks": "evicted",
+    "refused_full": "refused for want of room",
+    "aborted_chunks": "given up by their writer",
+    "corrupt_chunks": "found damaged",
+}
 
 
 class StillInUse(KVStrataError):
@@ -175,20 +190,34 @@ def _print_stats(paths: RuntimePaths, tree: dict[str, Any], as_json: bool) -> No
 
 
 def _stats_text(paths: RuntimePaths, tree: dict[str, Any]) -> str:
-    pool, clients = tree["pool"], tree["clients"]
+    pool, clients, counters = tree["pool"], tree["clients"], Counter(tree["counters"])
+    made, most = pool["made_bytes"], pool["configured_bytes"]
+    chunks = {word: tree["chunks"][state] for state, word in _STATES.items()}
     rows = {
-        "pool": f"{format_size(pool['made_bytes'])} made of {format_size(pool['configured_bytes'])}, "
-        f"{pool['slots'] - pool['slots_free']} of {pool['slots']} slots in use",
-        "chunks": _counts(tree["chunks"]),
+        "pool": f"{format_size(made)} of up to {format_size(most)} taken{_percent(made, most)}, "
+        f"{_share(pool['slots'] - pool['slots_free'], pool['slots'], 'slots in use')}",
+        "chunks": ", ".join(f"{n:,} {word}" for word, n in chunks.items() if n or word == "stored"),
+        "lookups": f"{counters.pop('lookups', 0):,} since the start, "
+        f"{_share(counters.pop('hit_chunks', 0), counters.pop('lookup_chunks', 0), 'chunks found')}",
+        "saves": f"{counters.pop('committed_chunks', 0):,} chunks saved since the start"
+        + "".join(f", {counters.pop(name):,} {word}" for name, word in _LOSSES.items() if counters[name]),
+        "also": _counts(counters),
         "engines": str(len(clients)),
-        "counters": _counts(tree["counters"]) or "none yet",
     }
     lines = [f"node store {tree['pid']} in {paths.folder}"]
-    lines += [f"  {name:10}{text}" for name, text in rows.items()]
+    lines += [f"  {name:10}{text}" for name, text in rows.items() if text]
     for client in clients:
         claims = _counts({name: client[name] for name in ("leases", "jobs", "overdue_slots")})
         lines.append(f"    {client['id']}: {claims}{', stopped' if client['stopped'] else ''}")
     return "\n".join(lines)
+
+
+def _share(part: int, whole: int, what: str) -> str:
+    return f"{part:,} of {whole:,} {what}{_percent(part, whole)}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f" ({part / whole:.0%})" if whole else ""
 
 
 def _counts(numbers: dict[str, int]) -> str:

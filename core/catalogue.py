@@ -16,10 +16,15 @@ A slot returns to the free list only on the way to "absent": nothing can recall 
 from __future__ import annotations
 
 import enum
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from kvstrata.core.policy import EvictionPolicy
 from kvstrata.core.slots import Slot
+
+# Entries that one call of `victims` looks at: a few milliseconds, less than a step of an engine.
+_LOOKED_AT_MAX = 10_000
 
 
 class State(enum.Enum):
@@ -60,14 +65,21 @@ class Entry:
         self.readers = 0
         self.pin_deadline = 0.0  # seconds, same clock as the planner's `now`; 0: not pinned
 
+    def may_go(self, now: float) -> bool:
+        """Whether it may be evicted: READY, no readers, no live pin."""
+        return self.state is State.READY and not self.readers and self.pin_deadline <= now
+
 
 class Catalogue:
-    """Entries by key. A key has at most one visible entry (RESERVED or READY) at a time."""
+    """Entries by key. A key has at most one visible entry (RESERVED or READY) at a time.
 
-    def __init__(self, policy: EvictionPolicy, on_free: Callable[[Slot], None]) -> None:
+    `new_policy` makes the eviction order of one slot size: sizes cannot take each other's slots.
+    """
+
+    def __init__(self, new_policy: Callable[[], EvictionPolicy], on_free: Callable[[Slot], None]) -> None:
         self._visible: dict[bytes, Entry] = {}
         self._hidden: set[Entry] = set()  # EVICTING and QUARANTINED: their keys may be written anew
-        self._policy = policy
+        self._orders: defaultdict[int, EvictionPolicy] = defaultdict(new_policy)  # by bytes a slot
         self._on_free = on_free
         self.being_read = 0  # entries with at least one reader
 
@@ -101,17 +113,20 @@ class Catalogue:
         return entry
 
     def hold(self, entries: Sequence[Entry]) -> None:
-        """One more reader on each of `entries`, a prefix in prompt order; counts as a use."""
+        """One more reader on each of `entries`, a prefix of one slot size in prompt order. Counts as use."""
         for entry in entries:
             if entry.state is not State.READY:
                 raise ValueError(f"chunk {entry.key.hex()[:16]} is {entry.state.value}, not ready")
             self.being_read += not entry.readers
             entry.readers += 1
-        self._policy.touch([entry.key for entry in entries])
+        if entries:
+            self.touch(entries[0].slot.nbytes, [entry.key for entry in entries])
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """`keys`, a prefix in prompt order, were used."""
-        self._policy.touch(keys)
+    def touch(self, slot_bytes: int, keys: Sequence[bytes]) -> None:
+        """`keys`, a prefix in prompt order, were used. Those not in slots of `slot_bytes` are ignored."""
+        order = self._orders.get(slot_bytes)
+        if order is not None:
+            order.touch(keys)
 
     def let_go(self, entries: Sequence[Entry]) -> None:
         """One reader less on each of `entries`."""
@@ -136,20 +151,37 @@ class Catalogue:
         was_visible = entry.state in (State.RESERVED, State.READY)
         if was_visible and after is not State.READY:
             del self._visible[entry.key]
-            self._policy.remove(entry.key)
+            self._orders[entry.slot.nbytes].remove(entry.key)
         if after is None:
             self._hidden.discard(entry)
             self._on_free(entry.slot)
             return
         entry.state = after
         if after is State.READY:
-            self._policy.admit(entry.key)
+            self._orders[entry.slot.nbytes].admit(entry.key)
         else:
             self._hidden.add(entry)
 
-    def victims(self, now: float) -> Iterator[Entry]:
-        """READY entries that may go now, first to go first: no readers, no live pin."""
-        for key in self._policy.victims():
+    def victims(
+        self, slot_bytes: int, now: float, wanted: int, usable: Callable[[Entry], bool] = lambda _: True
+    ) -> list[Entry]:
+        """Up to `wanted` entries in slots of `slot_bytes` that are `usable` and may go, first to go first.
+
+        Looks at the first entries of the order only. Those in use move back in it: being read is a
+        use, and whatever stays in use for long would otherwise hide all others from every call.
+        """
+        order = self._orders.get(slot_bytes)
+        if order is None:
+            return []
+        found: list[Entry] = []
+        in_use: list[bytes] = []
+        for key in itertools.islice(order.victims(), _LOOKED_AT_MAX):
             entry = self._visible[key]
-            if not entry.readers and entry.pin_deadline <= now:
-                yield entry
+            if not entry.may_go(now):
+                in_use.append(key)
+            elif usable(entry):
+                found.append(entry)
+                if len(found) == wanted:
+                    break
+        order.touch(in_use[::-1])  # the last of a prefix counts as the oldest: so they keep their order
+        return found

@@ -23,6 +23,10 @@ def _size(default: int, *, least: int = 4096) -> Any:
     return field(default=default, metadata={"parse": parse_size, "least": least})
 
 
+def _count(default: int, *, most: int) -> Any:
+    return field(default=default, metadata={"least": 1, "most": most})
+
+
 def _time(default: float, *, least: float = 0.0, most: float | None = None) -> Any:
     return field(default=default, metadata={"parse": parse_time, "least": least, "most": most})
 
@@ -44,7 +48,7 @@ class HostConfig:
 class ChunkConfig:
     """The unit of storing. Smaller chunks hit earlier and cost more bookkeeping."""
 
-    tokens: int = field(default=256, metadata={"least": 1})  # rounded up to whole engine blocks
+    tokens: int = _count(256, most=65536)  # rounded up to whole engine blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +66,14 @@ class NodeConfig:
 class ClientConfig:
     """The connector's side: what it waits for, and how long."""
 
-    lookup_wait: float = _time(0.001)  # seconds a scheduler step may wait for answers, all requests together
-    call_deadline: float = _time(1.0, least=0.01)  # one RPC; past it the store counts as absent for a moment
+    lookup_wait: float = _time(0.001, most=60.0)  # seconds a step may wait for answers, all requests together
+    call_deadline: float = _time(
+        1.0, least=0.01, most=60.0
+    )  # one RPC; past it the store counts as absent for a moment
     load_deadline: float = _time(
         30.0, least=0.1, most=90.0
     )  # from match to the last byte; what is not begun by then is recomputed
-    copy_threads: int = field(default=1, metadata={"least": 1})  # each keeps one core busy while it copies
+    copy_threads: int = _count(1, most=64)  # each keeps one core busy while it copies
     save: bool = True  # write computed chunks
     load: bool = True  # read stored chunks
 
@@ -96,19 +102,20 @@ def build_config(*sources: tuple[str, Mapping[str, Any]]) -> Config:
     Raises:
         ConfigError: names the key, the nearest known one or the allowed values, and the source.
     """
-    merged: dict[str, tuple[str, Any]] = {}
+    said: dict[str, tuple[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {}
     for name, tree in sources:
         for path, value in _flatten(name, tree):
-            if path in merged and merged[path][1] != value:
-                other, was = merged[path]
+            # Compared as what they mean: 1GiB is 1024MiB, and 1 is not true.
+            meant = _validate(path, value, name)
+            section, key = path.split(".")
+            held = sections.setdefault(section, {})
+            if held.setdefault(key, meant) != meant:
+                other, was = said[path]
                 raise ConfigError(
                     f"{path} is {was!r} in {other} and {value!r} in {name}: set it in one place"
                 )
-            merged[path] = (name, value)
-    sections: dict[str, dict[str, Any]] = {}
-    for path, (name, value) in merged.items():
-        section, key = path.split(".")
-        sections.setdefault(section, {})[key] = _validate(path, value, name)
+            said[path] = (name, value)
     types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     return Config(**{name: types[name](**values) for name, values in sections.items()})  # type: ignore[operator]
 
@@ -133,7 +140,7 @@ def _flatten(source: str, tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
     found = []
     for section, values in tree.items():
         if section not in known:
-            raise ConfigError(_unknown(str(section), [*known, *every_path], source))
+            raise ConfigError(_unknown_section(str(section), values, known, every_path, source))
         if not isinstance(values, Mapping):
             keys = ", ".join(_fields(section))
             raise ConfigError(f"{section} in {source} is {values!r}; it holds keys: {keys}")
@@ -143,6 +150,15 @@ def _flatten(source: str, tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
                 raise ConfigError(_unknown(path, every_path, source))
             found.append((path, value))
     return found
+
+
+def _unknown_section(name: str, value: Any, known: list[str], every_path: list[str], source: str) -> str:
+    if name not in every_path:
+        return _unknown(name, [*known, *every_path], source)
+    section, key = name.split(".")
+    # As YAML writes it: true, not True.
+    text = str(value).lower() if isinstance(value, bool) else value
+    return f"{name} in {source} is one key with a dot in it: write it as {section}: {{{key}: {text}}}"
 
 
 def _unknown(path: str, known: list[str], source: str) -> str:
@@ -167,8 +183,9 @@ def _validate(path: str, value: Any, source: str) -> Any:
         raise ConfigError(f"{path} in {source} is {value!r}; it must be {kind}")
     if choices and value not in choices:
         raise ConfigError(f"{path} in {source} is {value!r}; allowed: {', '.join(choices)}")
+    unit = " bytes" if parse is parse_size else " seconds" if parse is parse_time else ""
     if least is not None and value < least:
-        raise ConfigError(f"{path} in {source} is {value!r}; the least allowed is {least}")
+        raise ConfigError(f"{path} in {source} is {value!r}; the least allowed is {least}{unit}")
     if most is not None and value > most:
-        raise ConfigError(f"{path} in {source} is {value!r}; the most allowed is {most}")
+        raise ConfigError(f"{path} in {source} is {value!r}; the most allowed is {most}{unit}")
     return value

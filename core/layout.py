@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kvstrata.core.digest import digest
@@ -23,6 +24,7 @@ CODEC_PACKED = 1  # bf16 exactly, in about 12 bits (core/packing.py); other dtyp
 
 _MAGIC = b"KVSTRATA"
 _HEADER = struct.Struct("<8sHHIII32s32sQ")  # see docs/format.md
+_KEY_AT, _KEY_BYTES = 24, 32
 _PART = struct.Struct("<HHIIIQ")
 _LAYER = struct.Struct("<HBBHH")
 _CHECKSUM_BYTES = 8
@@ -96,6 +98,7 @@ class SubBlock:
     layer: int  # position inside the part
     head: int
     plane: int
+    turn: int  # how many of this head's sub-blocks lie before it, in all layers with as many heads
     offset: int  # bytes from the start of the chunk
     nbytes: int
 
@@ -122,15 +125,18 @@ class ChunkLayout:
     def _walk(self) -> Iterator[SubBlock]:
         index = 0
         offset = self.payload_offset
+        turns: Counter[int] = Counter()  # by heads a layer: others divide them differently among ranks
         for part_index, part in enumerate(self.parts):
             offset = _round_up(offset, ALIGNMENT)
             for layer_index, layer in enumerate(part.layers):
                 for head in range(layer.kv_heads):
                     for plane, dim in enumerate(layer.plane_dims):
                         nbytes = self.stored_bytes(layer, dim)
-                        yield SubBlock(index, part_index, layer_index, head, plane, offset, nbytes)
+                        turn = turns[layer.kv_heads] + plane
+                        yield SubBlock(index, part_index, layer_index, head, plane, turn, offset, nbytes)
                         index += 1
                         offset += nbytes
+                turns[layer.kv_heads] += len(layer.plane_dims)
 
     def is_packed(self, layer: LayerSpec, dim: int) -> bool:
         """Whether sub-blocks of `layer` with `dim` elements a token are stored packed."""
@@ -168,6 +174,11 @@ class ChunkLayout:
         return _round_up(self.payload_offset + self.payload_bytes, ALIGNMENT)
 
     @cached_property
+    def raw(self) -> ChunkLayout:
+        """The same chunk as it is stored when it does not fit packed. Its digest names the content."""
+        return self if self.codec == CODEC_RAW else replace(self, codec=CODEC_RAW)
+
+    @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ whenever two layouts place any byte differently."""
         return digest(
@@ -181,6 +192,11 @@ class ChunkLayout:
 
         They follow from layout and key alone, so a reader compares instead of parsing.
         """
+        before, after = self._header_around_key
+        return before + key + after
+
+    @cached_property
+    def _header_around_key(self) -> tuple[bytes, bytes]:
         fixed = _HEADER.pack(
             _MAGIC,
             FORMAT_VERSION,
@@ -188,11 +204,12 @@ class ChunkLayout:
             self.chunk_tokens,
             self.sub_block_count,
             self.payload_offset,
-            key,
+            bytes(_KEY_BYTES),
             self.digest,
             self.payload_bytes,
         )
-        return (fixed + self._tables()).ljust(self.checksum_offset, b"\0")
+        whole = (fixed + self._tables()).ljust(self.checksum_offset, b"\0")
+        return whole[:_KEY_AT], whole[_KEY_AT + _KEY_BYTES :]
 
     def _tables(self) -> bytes:
         parts, layers, first = [], [], 0
@@ -213,7 +230,7 @@ def writer_of(layout: ChunkLayout, tp_size: int, sub_block: SubBlock) -> int:
     """The tensor-parallel rank that writes `sub_block`; every sub-block has exactly one.
 
     Where heads are divided, a rank writes its own heads. Where they are replicated (more ranks
-    than heads, MLA), the replicas of a head take its sub-blocks in turn, so none writes all.
+    than heads, MLA), the replicas of a head take its sub-blocks in turn, over the whole chunk.
 
     Raises:
         UnsupportedModel: neither divides the other, so ranks would own parts of heads.
@@ -223,8 +240,7 @@ def writer_of(layout: ChunkLayout, tp_size: int, sub_block: SubBlock) -> int:
         return sub_block.head // (layer.kv_heads // tp_size)
     if tp_size % layer.kv_heads == 0:
         replicas = tp_size // layer.kv_heads
-        turn = (sub_block.layer * len(layer.plane_dims) + sub_block.plane) % replicas
-        return sub_block.head * replicas + turn
+        return sub_block.head * replicas + sub_block.turn % replicas
     raise UnsupportedModel(
         f"layer {layer.name}: {layer.kv_heads} KV heads over {tp_size} ranks leaves ranks with parts of heads"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvstrata.core.catalogue import Catalogue, Cause, Entry, State
@@ -85,7 +86,7 @@ class Planner:
     def __init__(self, limits: Limits, policy: str = "lru") -> None:
         self.limits = limits
         self.slots = SlotAllocator()
-        self.catalogue = Catalogue(POLICIES[policy](), self.slots.give_back)
+        self.catalogue = Catalogue(POLICIES[policy], self.slots.give_back)
         self.clients: dict[str, Client] = {}
         self.counters: Counter[str] = Counter()
         self.pool_bytes = 0  # of all segments made so far
@@ -166,7 +167,8 @@ class Planner:
         self._hear(client, event)  # also from a client that gets nothing more: reports free what it holds
         if why := self._refusal(client):
             return [Updated((why,) * len(event.reserve))]
-        grants = tuple(self._reserve(client, job, key, now) for job, key in event.reserve)
+        room = self._make_room(client, len(event.reserve), now)
+        grants = tuple(self._reserve(client, job, key, room, now) for job, key in event.reserve)
         return [Updated(grants), *(self._grow(client.slot_bytes, now) if grants else ())]
 
     def _hear(self, client: Client, event: Update) -> None:
@@ -191,10 +193,11 @@ class Planner:
                 self.catalogue.drop(entry_or_none)
                 self.counters["corrupt_chunks"] += 1
         for keys in event.used:
-            self.catalogue.touch(keys)
+            self.catalogue.touch(client.slot_bytes, keys)
         client.leases_believed, client.jobs_believed = event.leases_held, event.jobs_held
 
-    def _reserve(self, client: Client, job: int, key: bytes, now: float) -> Slot | Why:
+    def _reserve(self, client: Client, job: int, key: bytes, room: Iterator[bool], now: float) -> Slot | Why:
+        """A slot for `key`; a step of `room` frees one."""
         if self.catalogue.get(key) is not None:
             return Why.EXISTS
         if job in client.jobs:
@@ -202,7 +205,7 @@ class Planner:
         if not client.usable:
             return Why.NOT_READY
         slot = self.slots.take(client.slot_bytes, client.usable)
-        if slot is None and (self._evict(client, now) or self._reclass(client.slot_bytes)):
+        if slot is None and next(room, False):
             slot = self.slots.take(client.slot_bytes, client.usable)
         if slot is None:
             self.counters["refused_full"] += 1
@@ -212,14 +215,20 @@ class Planner:
         client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
         return slot
 
-    def _evict(self, client: Client, now: float) -> bool:
-        """Free one slot that `client` can use."""
-        for entry in self.catalogue.victims(now):
-            if client.can_reach(entry):
-                self.catalogue.drop(entry)
-                self.counters["evicted_chunks"] += 1
-                return True
-        return False
+    def _make_room(self, client: Client, wanted: int, now: float) -> Iterator[bool]:
+        """Each step frees room that `client` can use, up to `wanted` slots; it ends where there is no more.
+
+        Victims are looked for once, at the first step, however much one Update reserves.
+        """
+        for entry in self.catalogue.victims(client.slot_bytes, now, wanted, client.can_reach):
+            self._evict(entry)
+            yield True
+        if self._reclass(client.slot_bytes, now):
+            yield True
+
+    def _evict(self, entry: Entry) -> None:
+        self.catalogue.drop(entry)
+        self.counters["evicted_chunks"] += 1
 
     # --- pool -------------------------------------------------------------------------------
 
@@ -234,7 +243,7 @@ class Planner:
             return [GrowPool(nbytes, slot_bytes)]
         return []
 
-    def _reclass(self, slot_bytes: int) -> bool:
+    def _reclass(self, slot_bytes: int, now: float) -> bool:
         """Give a segment to a slot size that has none, taking the one least used from the others."""
         segments = self.slots.segments.values()
         if self._growing or any(segment.slot_bytes == slot_bytes for segment in segments):
@@ -244,10 +253,9 @@ class Planner:
             entries[entry.slot.segment].append(entry)
         for segment in sorted(segments, key=lambda candidate: candidate.used):
             inside = entries[segment.id]
-            if segment.nbytes >= slot_bytes and all(e.state is State.READY and not e.readers for e in inside):
+            if segment.nbytes >= slot_bytes and all(entry.may_go(now) for entry in inside):
                 for entry in inside:
-                    self.catalogue.drop(entry)
-                    self.counters["evicted_chunks"] += 1
+                    self._evict(entry)
                 self.slots.reclass(segment.id, slot_bytes)
                 return True
         return False
@@ -255,6 +263,9 @@ class Planner:
     def _register(self, event: SegmentRegistered) -> None:
         client = self.clients.get(event.client)
         if client is None:
+            return
+        if event.segment not in self.slots.segments or not 0 <= event.rank < client.workers:
+            self.counters["ignored_registrations"] += 1
             return
         ranks = client.registered.setdefault(event.segment, set())
         ranks.add(event.rank)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class EvictionPolicy(Protocol):
-    """Orders keys by how soon they may be evicted. Knows nothing of leases or states."""
+    """Orders the keys of one slot size by how soon they may be evicted. Knows nothing of leases or states."""
 
     def admit(self, key: bytes) -> None:
         """`key` has become evictable for the first time."""

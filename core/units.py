@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 
 _SIZES = {
     "": 1,
@@ -43,9 +44,10 @@ def format_size(nbytes: float) -> str:
 def _parse(text: str | float, units: dict[str, float] | dict[str, int], wanted: str) -> float:
     if isinstance(text, bool) or not isinstance(text, (str, int, float)):
         raise ValueError(f"{text!r} is not {wanted}")
-    if not isinstance(text, str) and 0 <= text < math.inf:
+    if not isinstance(text, str) and 0 <= text <= sys.float_info.max:
         return float(text)
     found = _NUMBER.match(str(text))
-    if found is None or found[2].lower() not in units:
+    number = float(found[1]) * units.get(found[2].lower(), math.nan) if found else math.nan
+    if not math.isfinite(number):  # enough digits make an infinity
         raise ValueError(f"{text!r} is not {wanted}")
-    return float(found[1]) * units[found[2].lower()]
+    return number

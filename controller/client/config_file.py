@@ -11,15 +11,38 @@ from kvstrata.core.errors import ConfigError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The tree in a YAML file. Raises ConfigError if it cannot be read or is not a tree."""
+    """The tree in a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, is not a tree, or gives a key twice.
+    """
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text()
+        _refuse_repeats(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        tree = yaml.safe_load(text) or {}
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-99-99
         raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"the configuration {path} holds {type(tree).__name__}, expected sections such as host:"
         )
     return tree
+
+
+def _refuse_repeats(path: Path, node: yaml.Node | None, section: str = "") -> None:
+    """PyYAML would keep the last one, and the other would be without effect and without a word."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{section}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise ConfigError(
+                f"{name} is given twice in the configuration {path}, "
+                f"in line {lines[name]} and in line {line}: keep one of them"
+            )
+        lines[name] = line
+        if not section:  # settings lie no deeper
+            _refuse_repeats(path, value, f"{name}.")

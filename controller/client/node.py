@@ -87,6 +87,7 @@ class NodeClient:
         self._failures = 0  # since the last session
         self._down_since: float | None = None
         self._last_start = -_AUTOSTART_EVERY_S
+        self._cannot_start = ""  # why the last attempt failed at once
         self._seq = 0
         self._thread = threading.Thread(target=self._run, name="kvstrata-client", daemon=True)
         self._thread.start()
@@ -162,8 +163,17 @@ class NodeClient:
                 ) from None
             if time.monotonic() - self._last_start > _AUTOSTART_EVERY_S:
                 self._last_start = time.monotonic()
-                start_node(self._config)
+                self._start()
+            if self._cannot_start:
+                raise NodeUnavailable(self._cannot_start) from None
             raise
+
+    def _start(self) -> None:
+        try:
+            start_node(self._config)
+            self._cannot_start = ""
+        except NodeUnavailable as error:
+            self._cannot_start = str(error)
 
     def _open_here(self, stub: node_pb2_grpc.NodeStoreStub, side: SideConnection) -> Session:
         """Open at the store that `side` is connected to. Another one may have taken its place meanwhile."""

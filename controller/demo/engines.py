@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -87,9 +89,14 @@ class Engine:
             self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
-        with contextlib.suppress(ProcessLookupError):  # it ended in order, and everything with it
+            self.process.wait()
+        # Those that outlive it for a moment give its shared memory back.
+        deadline = time.monotonic() + _LEAVE_S
+        with contextlib.suppress(ProcessLookupError):  # the group is empty
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, 0)
+                threading.Event().wait(_LOOK_EVERY_S)
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 class Fleet:
@@ -107,6 +114,7 @@ class Fleet:
         self._next_port = first_port
         self._engines: list[Engine] = []
         self._seats = _seats()
+        self._scratch = folder / "tmp"
         self.paths = RuntimePaths(folder / "node")
 
     def __enter__(self) -> Fleet:
@@ -118,6 +126,7 @@ class Fleet:
         try:
             self.end(*self._engines, grace_s=_LEAVE_S)
             end_node_store(self.paths)
+            shutil.rmtree(self._scratch, ignore_errors=True)
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -130,6 +139,7 @@ class Fleet:
             seat: 0 or 1: engines on different seats share no core.
         """
         port = self._port()
+        self._scratch.mkdir(exist_ok=True)
         log = self._folder / f"{name.replace(' ', '-')}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -207,8 +217,11 @@ class Fleet:
 
     def _environment(self, seat: int) -> dict[str, str]:
         environment = dict(os.environ)
-        environment.pop("KVSTRATA_CONFIG", None)
+        for name in ("KVSTRATA_CONFIG", "VLLM_RPC_BASE_PATH"):
+            environment.pop(name, None)
         environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": HOST}
+        # vLLM leaves sockets there, and starts only if their paths are short: the user's may be long.
+        environment["TMPDIR"] = str(self._scratch)
         if not self._gpu:
             cores = self._seats[seat]
             environment |= {

@@ -14,6 +14,9 @@ import logging
 import os
 import signal
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -21,14 +24,18 @@ import grpc
 from kvstrata.controller.node.service import NodeService
 from kvstrata.controller.node.store import NodeStore
 from kvstrata.controller.paths import RuntimePaths, group_id, runtime_paths
-from kvstrata.core.config import AUTO, Config, build_config
-from kvstrata.core.errors import KVStrataError
+from kvstrata.core.config import AUTO, Config, HostConfig, build_config
+from kvstrata.core.errors import ConfigError, KVStrataError
 from kvstrata.core.units import format_size
 from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
 
 log = logging.getLogger("kvstrata.node")
 
 _AUTO_SHARE = 4  # a quarter of what is available
+_CGROUP_FILES = (  # limit, usage, prefix of the figures that count the groups inside: versions 2 and 1
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
 _LOG_BYTES_MAX = 16 << 20
 
 
@@ -42,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = build_config(("standard input", json.loads(sys.stdin.readline() or "{}")))
         paths = runtime_paths(config.node)
+        has = memory()
+        pool_bytes = choose_pool_bytes(config.host, has)
     except (KVStrataError, OSError, json.JSONDecodeError) as error:
         print(f"kvstrata node: {error}", file=sys.stderr)
         return 1
@@ -56,33 +65,27 @@ def main(argv: list[str] | None = None) -> int:
     if lock is None:
         log.info("another node store serves %s", paths.folder)
         return 0
+    if pool_bytes > has.available:
+        log.warning(
+            "host.size is %s, and only %s of memory are available now: it may run out as the pool grows",
+            format_size(pool_bytes),
+            format_size(has.available),
+        )
     try:
-        asyncio.run(_serve(config, paths, lock))
+        asyncio.run(_serve(config, pool_bytes, paths, lock))
     finally:
         os.close(lock)
     return 0
 
 
-async def _serve(config: Config, paths: RuntimePaths, lock: int) -> None:
-    pool_bytes = config.host.size
-    if pool_bytes == AUTO:
-        pool_bytes = available_memory() // _AUTO_SHARE
+async def _serve(config: Config, pool_bytes: int, paths: RuntimePaths, lock: int) -> None:
     store = NodeStore(config, paths, pool_bytes, lambda: _is_at(lock, paths.lock))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, store.ending.set)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     node_pb2_grpc.add_NodeStoreServicer_to_server(NodeService(store), server)
-    paths.control.unlink(missing_ok=True)
-    old_umask = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{paths.control}")
-    finally:
-        os.umask(old_umask)
-    if config.node.group:
-        os.chown(paths.control, -1, group_id(config.node.group))
-        paths.control.chmod(0o660)
-    await server.start()
+    await _start(server, paths, config.node.group)
     log.info(
         "node store %d: pool of up to %s, sockets in %s", os.getpid(), format_size(pool_bytes), paths.folder
     )
@@ -95,17 +98,82 @@ async def _serve(config: Config, paths: RuntimePaths, lock: int) -> None:
         log.info("node store %d ended", os.getpid())
 
 
-def available_memory() -> int:
-    """Bytes this process could still take: the machine's, or less under a cgroup limit."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) << 10
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text())))
-    return available
+async def _start(server: grpc.aio.Server, paths: RuntimePaths, group: str) -> None:
+    """Serve at `paths.control`.
+
+    When gRPC stops it unlinks the name that it has bound, though another store's socket may have it by
+    then. So it binds a name of its own, no longer than the real one because socket addresses are short.
+    """
+    bound = paths.folder / str(os.getpid())
+    old_umask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{bound}")
+    finally:
+        os.umask(old_umask)
+    if group:
+        os.chown(bound, -1, group_id(group))
+        bound.chmod(0o660)
+    await server.start()
+    bound.rename(paths.control)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What this process could take, in bytes: the machine's, or less under a cgroup limit."""
+
+    total: int
+    available: int  # now
+
+
+def memory(root: Path = Path("/")) -> Memory:
+    """As the kernel tells it below `root`."""
+    machine = _numbers(root / "proc/meminfo")
+    total, available = machine["MemTotal:"] << 10, machine["MemAvailable:"] << 10  # in KiB there
+    for limit, used in _cgroups(root):
+        total, available = min(total, limit), min(available, max(0, limit - used))
+    return Memory(total, available)
+
+
+def choose_pool_bytes(host: HostConfig, has: Memory) -> int:
+    """How large the pool may grow.
+
+    Raises:
+        ConfigError: the machine will never have that much. The text is the same at every attempt, so
+            that an engine, which goes on trying, tells its user once.
+    """
+    if host.size == AUTO:
+        return has.available // _AUTO_SHARE
+    if host.size > has.total:
+        raise ConfigError(
+            f"host.size is {format_size(host.size)}, and this machine, or the cgroup that this runs in, has "
+            f"{format_size(has.total)} of memory: make it smaller, or leave it out for a quarter of what "
+            "is available when the node store starts"
+        )
+    return host.size
+
+
+def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of each memory cgroup around this process that has a limit."""
+    of_this_process = root / "proc/self/cgroup"
+    lines = of_this_process.read_text().splitlines() if of_this_process.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        top = root / "sys/fs/cgroup" / controllers  # version 2 has no controllers here
+        inner = top / path.strip("/")
+        for group in (inner, *(above for above in inner.parents if above.is_relative_to(top))):
+            for limit, usage, prefix in _CGROUP_FILES:
+                if not (group / limit).exists() or (text := (group / limit).read_text().strip()) == "max":
+                    continue
+                kinds = _numbers(group / "memory.stat")
+                # The page cache counts as used, and a model's weights fill it; the kernel gives it back.
+                cache = kinds[f"{prefix}active_file"] + kinds[f"{prefix}inactive_file"]
+                yield int(text), int((group / usage).read_text()) - cache
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines of a name and a number; 0 for what is not there."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return defaultdict(int, ((words[0], int(words[1])) for words in map(str.split, lines)))
 
 
 def _detach(log_file: Path) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
 from kvstrata import __version__
 from kvstrata.controller.node.store import NodeStore
 from kvstrata.controller.wire import PROTOCOL, WHY_TO_WIRE
-from kvstrata.core.config import Config, HostConfig, build_config
+from kvstrata.core.config import Config, HostConfig, as_tree, build_config
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.events import ClientOpened, Match, Matched, Refused, Update, Updated
 from kvstrata.core.keys import KEY_BYTES
+from kvstrata.core.layout import ALIGNMENT
 from kvstrata.core.slots import Slot
 from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
 from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 _CLIENT_NAME_MAX = 256
+_CONFIG_MAX = 64 << 10
+_WHY_BYTES_MAX = 2000
+_INVALID = grpc.StatusCode.INVALID_ARGUMENT
+_NOT_NOW = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class NodeService(node_pb2_grpc.NodeStoreServicer):
@@ -32,23 +37,14 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
         self._store = store
 
     async def Open(self, request: pb.OpenRequest, context: Context) -> pb.OpenReply:
-        if request.protocol != PROTOCOL:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"the engine's kvstrata {request.version} speaks protocol {request.protocol}, "
-                f"the running node store {__version__} speaks {PROTOCOL}: "
-                "stop it with `kvstrata node --stop --force` and let the engine start its own",
-            )
-        if not 0 < len(request.client) <= _CLIENT_NAME_MAX or not request.slot_bytes or not request.workers:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Open needs client, slot_bytes and workers")
+        if why := _invalid(request):
+            await _refuse(context, *why)
         if not self._store.side.has_scheduler(request.client):
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, "Open comes after the hello on the side socket"
-            )
+            await _refuse(context, _NOT_NOW, "Open comes after the hello on the side socket")
         try:
             conflicts = _conflicts(request.config_json, self._store.config)
         except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await _refuse(context, _INVALID, str(error))
         if conflicts:
             return pb.OpenReply(conflicts=conflicts, version=__version__)
         answers = self._store.apply(ClientOpened(request.client, request.slot_bytes, request.workers))
@@ -65,8 +61,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         keys = _split_keys(request.keys)
         if keys is None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Match.keys is a multiple of 32 bytes")
-            raise AssertionError("abort raises")
+            await _refuse(context, _INVALID, "Match.keys is a multiple of 32 bytes")
         (answer,) = self._store.apply(Match(request.client, request.seq, request.lease, keys))
         if isinstance(answer, Refused):
             return pb.MatchReply(refused=WHY_TO_WIRE[answer.why])
@@ -77,7 +72,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
         used = [_split_keys(prefix) for prefix in request.used]
         keys = [r.key for r in request.reserve] + list(request.corrupt)
         if None in used or any(len(key) != KEY_BYTES for key in keys):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "keys in Update are 32 bytes each")
+            await _refuse(context, _INVALID, "keys in Update are 32 bytes each")
         event = Update(
             client=request.client,
             seq=request.seq,
@@ -114,6 +109,33 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
         return pb.ShutdownReply(ending=ending)
 
 
+def _invalid(request: pb.OpenRequest) -> tuple[grpc.StatusCode, str] | None:
+    """What is wrong with an Open, whoever sends it."""
+    if request.protocol != PROTOCOL:
+        return (
+            _NOT_NOW,
+            f"the engine's kvstrata {request.version} speaks protocol {request.protocol}, "
+            f"the running node store {__version__} speaks {PROTOCOL}: "
+            "stop it with `kvstrata node --stop --force` and let the engine start its own",
+        )
+    if not 0 < len(request.client) <= _CLIENT_NAME_MAX or not request.slot_bytes or not request.workers:
+        return _INVALID, "Open needs client, slot_bytes and workers"
+    if request.slot_bytes % ALIGNMENT:  # as of every chunk; a list of all bytes of a segment would not fit
+        return _INVALID, f"Open.slot_bytes is a multiple of {ALIGNMENT}"
+    return None
+
+
+async def _refuse(context: Context, code: grpc.StatusCode, why: str) -> NoReturn:
+    """End the call with `why`, which may quote what the client sent.
+
+    gRPC drops an answer of more than 8 KiB of text (percent-encoded: 3 for a byte) and never sends one
+    that is not Unicode.
+    """
+    text = why.encode(errors="backslashreplace")[:_WHY_BYTES_MAX].decode(errors="ignore")
+    await context.abort(code, text)
+    raise AssertionError("abort raises")
+
+
 def _slot(slot: Slot) -> pb.Slot:
     return pb.Slot(segment=slot.segment, offset=slot.offset)
 
@@ -128,17 +150,22 @@ def _conflicts(config_json: str, held: Config) -> list[str]:
     """Settings of the node store that a later client set otherwise than the one that started it.
 
     Raises:
-        ValueError: `config_json` is not a configuration.
+        ValueError: `config_json` is not a configuration; the text says why.
     """
     if not config_json:
         return []
     try:
-        wanted = build_config(("the engine's configuration", json.loads(config_json))).host
-    except (ConfigError, json.JSONDecodeError, TypeError, AttributeError) as error:
+        if len(config_json) > _CONFIG_MAX:
+            raise ValueError(f"it has more than {_CONFIG_MAX} characters")
+        tree = json.loads(config_json)
+        if not isinstance(tree, dict):
+            raise ValueError("it must be a JSON object")
+        wanted = build_config(("the engine's configuration", tree)).host
+    except (ConfigError, ValueError, RecursionError) as error:  # of a number, or a nesting, without end
         raise ValueError(f"Open.config_json: {error}") from None
-    default = HostConfig()
+    default, said = HostConfig(), as_tree(held)["host"]  # says "auto" where the fields hold AUTO
     return [
-        f"host.{field.name} is {getattr(held.host, field.name)!r} in the running node store "
+        f"host.{field.name} is {said[field.name]!r} in the running node store "
         f"and {getattr(wanted, field.name)!r} in this engine's configuration"
         for field in dataclasses.fields(HostConfig)
         if getattr(wanted, field.name) not in (getattr(default, field.name), getattr(held.host, field.name))

@@ -22,6 +22,7 @@ from kvstrata.core.events import ClientGone, ClientResumed, ClientStopped, Event
 log = logging.getLogger("kvstrata.node")
 
 _ACCEPT_PAUSE_S = 1.0
+_HELLO_DEADLINE_S = 10.0  # twice what a client waits for the answer to its hello
 
 
 @dataclass(eq=False, slots=True)
@@ -47,8 +48,10 @@ class SideServer:
         segments: Callable[[], list[tuple[int, int, int]]],
         mode: int,
         gid: int | None,
+        hello_deadline_s: float = _HELLO_DEADLINE_S,
     ) -> None:
         """`segments` lists (id, nbytes, descriptor) of what workers should have."""
+        self._hello_deadline_s = hello_deadline_s
         self._path, self._epoch, self._apply, self._segments = path, epoch, apply, segments
         self._mode, self._gid = mode, gid
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -132,7 +135,15 @@ class SideServer:
             return
         sock.setblocking(False)
         connection = Connection(sock)
-        asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, connection)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sock.fileno(), self._readable, connection)
+        loop.call_later(self._hello_deadline_s, self._expect_hello, connection)
+
+    def _expect_hello(self, connection: Connection) -> None:
+        """Whoever has not said it by now would keep a descriptor for ever."""
+        if connection.open and connection.hello is None:
+            log.warning("a side connection said no hello in %.0f s", self._hello_deadline_s)
+            self._ended(connection)
 
     def _readable(self, connection: Connection) -> None:
         try:

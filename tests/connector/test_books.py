@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
@@ -154,7 +155,7 @@ outboxes = st.builds(
     aborted=numbers,
     released=numbers,
     corrupt=keys,
-    used=st.lists(keys.map(tuple), max_size=2),
+    used=st.lists(keys.map(tuple), max_size=2).map(lambda used: deque(used, maxlen=64)),
 )
 
 
@@ -189,14 +190,15 @@ def test_after_a_lost_update_every_report_is_said_again_before_newer_ones(old: O
     box = old
     lost = box.take("engine", 1, 0, 0)
     box.reserve, box.committed, box.aborted = list(new.reserve), list(new.committed), list(new.aborted)
-    box.released, box.corrupt, box.used = list(new.released), list(new.corrupt), list(new.used)
+    box.released, box.corrupt = list(new.released), list(new.corrupt)
+    box.used = deque(new.used)
     box.take_back(lost)
     assert box.committed == committed + newer_committed
     assert box.released == released + newer_released
     assert box.corrupt == corrupt + newer_corrupt
     assert box.aborted == aborted + reserved + newer_aborted, "what it may have reserved is given back"
     assert box.reserve == new.reserve, "nothing is asked for twice"
-    assert box.used == newer_used
+    assert list(box.used) == newer_used
 
 
 @given(outboxes, st.integers(1, 3))
@@ -216,3 +218,14 @@ def test_for_another_store_there_is_nothing_to_say(box: Outbox) -> None:
     box.clear()
     assert not box
     assert contents(box) == ([],) * 6
+
+
+def test_one_update_tells_of_the_newest_prefixes_and_of_no_more_than_a_message_holds() -> None:
+    box = Outbox()
+    prefixes = [tuple(bytes([i, j // 256, j % 256]) for j in range(8000)) for i in range(100)]
+    box.used.extend(prefixes)
+    assert len(box.used) == 64  # nor does it grow while nobody listens
+    used = box.take("engine", 1, 0, 0).used
+    assert used[1:] == tuple(prefixes[-4:])
+    assert used[0] == prefixes[-5][:768]
+    assert sum(map(len, used)) == 32768

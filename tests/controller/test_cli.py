@@ -25,6 +25,7 @@ from kvstrata.controller.demo.progress import Progress
 from kvstrata.controller.paths import RuntimePaths
 from kvstrata.controller.results import TABLE_BEGIN, TABLE_END, Figure, measured
 from kvstrata.controller.side import Hello
+from kvstrata.core.catalogue import State
 
 KVSTRATA = [sys.executable, "-m", "kvstrata.controller.cli"]
 START_S = 20.0
@@ -125,6 +126,53 @@ def test_a_running_node_store_is_asked_checked_and_ended(
     assert "start one with `kvstrata node`" in error
 
 
+def test_stats_are_told_in_plain_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runtime_dir: Path
+) -> None:
+    tree: dict[str, Any] = {
+        "pid": 7,
+        "pool": {"made_bytes": 1 << 30, "configured_bytes": 4 << 30, "slots": 1000, "slots_free": 700},
+        "chunks": {"ready": 298, "reserved": 2, "evicting": 0, "quarantined": 0},
+        "clients": [{"id": "e1", "leases": 1, "jobs": 2, "overdue_slots": 0, "stopped": True}],
+        "counters": {
+            "lookups": 12,
+            "lookup_chunks": 80,
+            "hit_chunks": 50,
+            "committed_chunks": 3200,
+            "evicted_chunks": 20,
+            "refused_full": 5,
+            "reclaimed_claims": 3,
+        },
+    }
+    monkeypatch.setattr(cli_node, "stats", lambda paths: tree)
+    where = ("--runtime-dir", runtime_dir)
+    assert run(capsys, "stats", *where)[1].splitlines() == [
+        f"node store 7 in {runtime_dir}",
+        "  pool      1.0 GiB of up to 4.0 GiB taken (25%), 300 of 1,000 slots in use (30%)",
+        "  chunks    298 stored, 2 being written",
+        "  lookups   12 since the start, 50 of 80 chunks found (62%)",
+        "  saves     3,200 chunks saved since the start, 20 evicted, 5 refused for want of room",
+        "  also      3 reclaimed claims",
+        "  engines   1",
+        "    e1: 2 jobs, 1 leases, 0 overdue slots, stopped",
+    ]
+    assert json.loads(run(capsys, "stats", "--json", *where)[1]) == {"folder": str(runtime_dir), **tree}
+
+
+def test_a_new_node_store_has_stats(
+    node: subprocess.Popen[bytes], runtime_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text, _ = run(capsys, "stats", "--runtime-dir", runtime_dir)
+    assert status == 0
+    assert "lookups   0 since the start, 0 of 0 chunks found\n" in text
+    assert "saves     0 chunks saved since the start\n" in text
+    assert "also" not in text
+
+
+def test_every_state_of_a_chunk_has_a_word() -> None:
+    assert set(cli_node._STATES) == {state.value for state in State}
+
+
 def test_a_node_store_in_use_ends_only_by_force(
     node: subprocess.Popen[bytes], runtime_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +251,8 @@ def test_the_configuration_comes_from_the_flag_or_the_environment(
         ("host: {sise: 1GiB}", "did you mean host.size?"),
         ("host: [", "is not YAML"),
         ("- a\n- b", "expected sections"),
+        ("host.size: 8GiB", "write it as host: {size: 8GiB}"),
+        ("host:\n  size: 1GiB\n  size: 2GiB", "in line 2 and in line 3: keep one of them"),
         (None, "cannot be read"),
     ],
 )
@@ -217,6 +267,16 @@ def test_a_bad_configuration_is_one_sentence(
     assert says in error
     assert "bad.yaml" in error
     assert "Traceback" not in error
+
+
+def test_a_pool_larger_than_the_machine_is_one_sentence(tmp_path: Path, runtime_dir: Path) -> None:
+    path = tmp_path / "large.yaml"
+    path.write_text("host: {size: 64TiB}")
+    command = [*KVSTRATA, "node", "--config", str(path), "--runtime-dir", str(runtime_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kvstrata node: host.size is 64.0 TiB, and this machine")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_folder_open_to_others_is_refused(runtime_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,6 +388,22 @@ def test_the_fleet_ends_engines_that_do_not_want_to_and_their_children(
     wait_until(lambda: not any(map(is_running, pids)), "they have ended")
 
 
+def test_what_an_engine_started_may_still_clean_up_after_it(runtime_dir: Path) -> None:
+    """Python's resource tracker gives shared memory back when the processes that used it have ended."""
+    left = runtime_dir / "shared memory"
+    left.touch()
+    tracker = f"import os, sys, time; sys.stdin.read(); time.sleep(0.3); os.remove({str(left)!r})"
+    FakeEngines.program = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {tracker!r}], stdin=subprocess.PIPE)\n"
+        "print('up', flush=True); time.sleep(600)\n"
+    )
+    with FakeEngines(runtime_dir, runtime_dir, False, None) as fleet:
+        engine = fleet.start("tidy", engines.PLAIN, seat=0)
+        wait_until(lambda: engine.log.read_text() == "up\n", "it has started its child")
+    assert not left.exists()
+
+
 def is_running(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -346,6 +422,29 @@ def test_engines_see_nothing_of_the_users_configuration(
     assert transfer["kv_connector_extra_config"]["node"]["runtime_dir"] == str(runtime_dir / "node")
     assert "--kv-transfer-config" not in fleet._command(fleet._port(), engines.PLAIN)
     assert (words[words.index("--port") + 1], fleet._port()) == ("9000", 9002)
+
+
+def test_what_engines_leave_in_their_temporary_folder_goes_with_the_fleet(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_s = runtime_dir / ("x" * 100)
+    user_s.mkdir()
+    monkeypatch.setenv("TMPDIR", str(user_s))
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(user_s))
+    FakeEngines.program = (  # the name of a socket of vLLM's
+        "import os, socket, tempfile, time, uuid\n"
+        "base = os.environ.get('VLLM_RPC_BASE_PATH', tempfile.gettempdir())\n"
+        "socket.socket(socket.AF_UNIX).bind(f'{base}/{uuid.uuid4()}')\n"
+        "print('bound', flush=True); time.sleep(600)\n"
+    )
+    folder = runtime_dir / "demo"
+    folder.mkdir()
+    with FakeEngines(runtime_dir, folder, False, None) as fleet:
+        engine = fleet.start("littering", engines.PLAIN, seat=0)
+        wait_until(lambda: engine.log.read_text() == "bound\n", "it has left a socket")
+        assert len(list((folder / "tmp").iterdir())) == 1
+    assert list(folder.iterdir()) == [engine.log]
+    assert list(user_s.iterdir()) == []
 
 
 def test_two_seats_have_equally_many_cores(monkeypatch: pytest.MonkeyPatch) -> None:

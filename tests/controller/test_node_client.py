@@ -201,7 +201,9 @@ def test_a_reason_that_only_a_newer_store_knows_is_a_refusal(call: Match | Updat
 class Worker:
     """A segment map that talks to a fake store over `sock`."""
 
-    def __init__(self, fake_side: StartFake, folder: Path, on_mapped: Callable[[MappedSegment], None]) -> None:
+    def __init__(
+        self, fake_side: StartFake, folder: Path, on_mapped: Callable[[MappedSegment], None]
+    ) -> None:
         self._sockets: list[socket.socket] = []
         fake_side(self._welcome)
         self.map = SegmentMap(

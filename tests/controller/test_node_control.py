@@ -149,6 +149,17 @@ def test_an_engine_with_another_pool_size_is_told_both(store: RunningStore, engi
     assert engine.client.session is None
 
 
+def test_a_size_that_the_store_chose_itself_is_told_as_auto(runtime_dir: Path, engines: StartEngine) -> None:
+    host = {"size": "auto", "segment_size": "auto"}
+    store = RunningStore.start(config_for(runtime_dir, host=host))
+    try:
+        engine = engines(config_for(runtime_dir, host={**host, "size": "16MiB"}), "other")
+        (trouble,) = wait_for("a word about it", lambda: engine.troubles)
+        assert f"host.size is 'auto' in the running node store and {16 << 20} in this engine's" in trouble
+    finally:
+        store.stop()
+
+
 def test_an_engine_whose_chunks_do_not_fit_is_told_so(store: RunningStore, engines: StartEngine) -> None:
     engine = engines(store.config, "large", slot_bytes=9 * SLOT)
     (trouble,) = wait_for("a word about it", lambda: engine.troubles)
@@ -178,6 +189,7 @@ BAD_CALLS: list[tuple[str, Any, grpc.StatusCode, str]] = [
     ("Open", opening(client=""), grpc.StatusCode.INVALID_ARGUMENT, "needs client"),
     ("Open", opening(client="x" * 257), grpc.StatusCode.INVALID_ARGUMENT, "needs client"),
     ("Open", opening(slot_bytes=0), grpc.StatusCode.INVALID_ARGUMENT, "slot_bytes"),
+    ("Open", opening(slot_bytes=1), grpc.StatusCode.INVALID_ARGUMENT, "multiple of 4096"),
     ("Open", opening(workers=0), grpc.StatusCode.INVALID_ARGUMENT, "workers"),
     ("Open", opening("nobody"), grpc.StatusCode.FAILED_PRECONDITION, "after the hello"),
     ("Match", pb.MatchRequest(client="a", seq=1, keys=b"x" * 33), grpc.StatusCode.INVALID_ARGUMENT, "32"),
@@ -205,9 +217,27 @@ def test_a_malformed_call_is_refused_in_words(
     assert words in details
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "7", '{"host": 7}', '{"host": {"sise": 1}}', '{"host": {"size": "big"}}', '{"a": {}}']
-)
+NO_CONFIGURATIONS = [
+    "{",
+    "[]",
+    "7",
+    "null",
+    '{"host": 7}',
+    '{"host": {"sise": 1}}',
+    '{"host": {"size": "big"}}',
+    '{"host": {"size": 1e999}}',
+    '{"host": {"size": 1' + "0" * 5000 + "}}",
+    '{"a": {}}',
+    r'{"\ud800": {}}',  # half a character: no text that can be sent
+    '{"' + "ä" * 30_000 + '": {}}',
+    '{"' + "x" * 100_000 + '": {}}',
+    "[" * 30_000,
+    '{"host":' * 8000,
+    '{"host": {"policy": ' + "[" * 400 + "]" * 400 + "}}",
+]
+
+
+@pytest.mark.parametrize("text", NO_CONFIGURATIONS, ids=range(len(NO_CONFIGURATIONS)))
 def test_a_configuration_that_is_none_is_refused(store: RunningStore, engine: Engine, text: str) -> None:
     engine.session()
     code, details = refusal(store, "Open", opening(config_json=text))
@@ -221,10 +251,53 @@ def test_a_foreign_protocol_is_told_both_versions_and_the_remedy(store: RunningS
     assert "`kvstrata node --stop --force`" in details
 
 
-def test_a_message_of_five_mebibytes_is_refused(store: RunningStore) -> None:
-    request = pb.MatchRequest(client="a", seq=1, keys=b"k" * (5 << 20))
-    code, _ = refusal(store, "Match", request)
+@pytest.mark.parametrize("version", ["v" * 20_000, "\U0001f600" * 10_000])
+def test_a_refusal_that_quotes_much_still_arrives(store: RunningStore, version: str) -> None:
+    code, details = refusal(store, "Open", opening(protocol=99, version=version))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert details.startswith(f"the engine's kvstrata {version[:400]}")
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        ("Open", opening(config_json="x" * (5 << 20))),
+        ("Match", pb.MatchRequest(client="a", seq=1, keys=b"k" * (5 << 20))),
+        ("Update", pb.UpdateRequest(client="a", seq=1, used=[b"k" * (5 << 20)])),
+    ],
+)
+def test_a_message_of_five_mebibytes_is_refused(store: RunningStore, name: str, request_: Any) -> None:
+    code, _ = refusal(store, name, request_)
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_messages_just_below_the_limit_are_answered(store: RunningStore, engine: Engine) -> None:
+    engine.session()
+    keys = [key(number) for number in range(60_000)]
+    match = pb.MatchRequest(client=engine.name, seq=1, lease=1, keys=b"".join(keys) * 2)
+    assert store.call("Match", match).refused == pb.WHY_UNSPECIFIED
+    update = pb.UpdateRequest(
+        client=engine.name,
+        seq=2,
+        reserve=[pb.Reservation(job=number, key=each) for number, each in enumerate(keys)],
+        corrupt=keys[:20_000],
+        used=[b"".join(keys[:20_000])],
+    )
+    assert update.ByteSize() > 3_700_000
+    assert len(store.call("Update", update).grants) == len(keys)
+
+
+def test_what_is_no_message_is_refused(node_store: Callable[..., RunningStore]) -> None:
+    store = node_store()  # of its own: gRPC writes a traceback into the log
+    pid = store.pid
+    with grpc.insecure_channel(f"unix:{store.paths.control}") as channel:
+        for name in ("Open", "Match", "Update", "Stats", "Check", "Shutdown", "Nothing"):
+            call = channel.unary_unary(f"/kvstrata.v1.NodeStore/{name}")  # sends bytes as they are
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"\xff\xff no message", timeout=10)
+            assert isinstance(caught.value, grpc.Call)
+            assert caught.value.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED)
+    assert store.facts()["pid"] == pid
 
 
 @pytest.mark.parametrize("client", ["nobody", "", "x" * 10_000])

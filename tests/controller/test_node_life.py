@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvstrata.controller.client import Lost, Mapping, NodeClient
+from kvstrata.controller.client import Lost, MappedSegment, NodeClient
 from kvstrata.core.config import as_tree
 from kvstrata.core.events import Match, Matched, Refused, Why
 from tests.conftest import REPO
@@ -385,7 +385,7 @@ def test_segments_of_a_dead_store_stay_mapped_while_they_are_used(
     epoch = engine.session().epoch
     (segments,) = engine.segments
 
-    def mapping() -> Mapping | None:
+    def mapping() -> MappedSegment | None:
         with segments.use(epoch, slot.segment) as found:
             return found
 
@@ -403,6 +403,22 @@ def test_a_store_whose_folder_was_taken_away_ends(node_store: StartStore) -> Non
     store.paths.lock.unlink()
     wait_for("the store to end", lambda: not Path(f"/proc/{pid}").exists(), SECONDS)
     assert "taken over" in store.log
+
+
+def test_a_store_that_another_has_replaced_takes_nothing_of_it_away(node_store: StartStore) -> None:
+    store = node_store()
+    old = os.pidfd_open(store.pid)
+    store.paths.lock.unlink()
+    again = RunningStore.start(store.config)
+    assert exited(old)
+    os.close(old)
+    again.wait_until_up()
+    assert {path.name for path in again.paths.folder.iterdir()} == {
+        "node.lock",
+        "node.log",
+        "node.sock",
+        "side.sock",
+    }
 
 
 def test_an_engine_is_told_when_its_store_does_not_start(

@@ -1,7 +1,8 @@
-"""Side messages: one JSON object a packet; whatever else arrives leaves no descriptor open."""
+"""Side messages: one JSON object a packet; whatever else arrives, or does not, leaves no descriptor open."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvstrata.controller.node.side_server import SideServer
 from kvstrata.controller.side import MAX_MESSAGE, PROTOCOL, Hello, receive_message, send_message
 
 Pair = tuple[socket.socket, socket.socket]
@@ -135,3 +137,32 @@ def test_a_foreign_protocol_is_refused_with_both_versions(protocol: Any) -> None
         ValueError, match=f"speaks side protocol {protocol}, this node store speaks {PROTOCOL}"
     ):
         Hello.parse({**HELLO, "protocol": protocol})
+
+
+async def strangers(path: Path) -> None:
+    """One process that says nothing and one that says hello, at a server that waits for 0.2 s."""
+    server = SideServer(path, bytes(8), lambda event: None, list, 0o600, None, hello_deadline_s=0.2)
+    server.start()
+    silent, polite = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+    pidfd = os.pidfd_open(os.getpid())
+    for sock in (silent, polite):
+        sock.connect(str(path))
+        sock.setblocking(False)
+    send_message(polite, {"hello": HELLO}, [pidfd])
+    loop = asyncio.get_running_loop()
+    assert b"welcome" in await asyncio.wait_for(loop.sock_recv(polite, MAX_MESSAGE), 10)
+    assert await asyncio.wait_for(loop.sock_recv(silent, 1), 10) == b""
+    await asyncio.sleep(0.1)
+    assert server.live == 1
+    with pytest.raises(BlockingIOError):
+        polite.recv(1)
+    server.close()
+    for sock in (silent, polite):
+        sock.close()
+    os.close(pidfd)
+
+
+def test_who_says_no_hello_is_hung_up_on(runtime_dir: Path) -> None:
+    before = open_descriptors()
+    asyncio.run(strangers(runtime_dir / "side.sock"))
+    assert open_descriptors() == before

@@ -24,7 +24,7 @@ def freed() -> list[Slot]:
 
 @pytest.fixture
 def catalogue(freed: list[Slot]) -> Catalogue:
-    return Catalogue(LRU(), freed.append)
+    return Catalogue(LRU, freed.append)
 
 
 # How each state is reached from nothing.
@@ -143,16 +143,46 @@ def test_victims_have_no_readers_and_no_live_pin(catalogue: Catalogue) -> None:
     held, pinned, free = (in_state(catalogue, State.READY, key) for key in KEYS[:3])
     catalogue.hold([held])
     pinned.pin_deadline = 10.0
-    assert list(catalogue.victims(now=9.0)) == [free]
+    assert catalogue.victims(1, now=9.0, wanted=3) == [free]
     catalogue.let_go([held])
-    assert set(catalogue.victims(now=10.0)) == {held, pinned, free}
+    assert set(catalogue.victims(1, now=10.0, wanted=3)) == {held, pinned, free}
 
 
 def test_a_held_prefix_is_used_lately(catalogue: Catalogue) -> None:
     first, second, third = (in_state(catalogue, State.READY, key) for key in KEYS[:3])
     catalogue.hold([first, second])
     catalogue.let_go([first, second])
-    assert list(catalogue.victims(0)) == [third, second, first]
+    assert catalogue.victims(1, now=0, wanted=3) == [third, second, first]
+
+
+def test_victims_are_of_the_size_that_is_asked_for(catalogue: Catalogue) -> None:
+    for number, nbytes in enumerate((1, 2, 1)):
+        catalogue.move(catalogue.reserve(KEYS[number], Slot(0, number, nbytes)), Cause.COMMIT)
+    catalogue.touch(2, KEYS[:1])  # of no effect: it lies in a slot of another size
+    for nbytes, expected in ((1, [KEYS[0], KEYS[2]]), (2, [KEYS[1]]), (3, [])):
+        assert [entry.key for entry in catalogue.victims(nbytes, now=0, wanted=9)] == expected
+
+
+def test_no_more_victims_than_wanted_and_none_that_is_of_no_use(catalogue: Catalogue) -> None:
+    first, second, third, fourth = (in_state(catalogue, State.READY, key) for key in KEYS)
+    assert catalogue.victims(1, 0, 2) == [first, second]
+    assert catalogue.victims(1, 0, 2, lambda entry: entry is not first) == [second, third]
+    assert catalogue.victims(1, 0, 9, lambda entry: entry is fourth) == [fourth]
+
+
+def test_what_is_in_use_for_long_does_not_hide_the_rest(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstrata.core.catalogue._LOOKED_AT_MAX", 2)
+    first, second, third, fourth = (in_state(catalogue, State.READY, key) for key in KEYS)
+    for entry in (second, first):
+        catalogue.hold([entry])
+    catalogue.touch(1, KEYS[2:])
+    assert catalogue.victims(1, now=0, wanted=1) == [], "two are looked at, and both are read"
+    assert catalogue.victims(1, now=0, wanted=2) == [fourth, third]
+    catalogue.let_go([second, first])
+    monkeypatch.undo()
+    assert catalogue.victims(1, now=0, wanted=4) == [fourth, third, second, first]
 
 
 # --------------------------------------------------------------------------------------- the dumb model
@@ -178,7 +208,7 @@ class CatalogueModel(RuleBasedStateMachine):
         super().__init__()
         self.freed: list[Slot] = []
         self.expected_freed: list[Slot] = []
-        self.catalogue = Catalogue(LRU(), self.freed.append)
+        self.catalogue = Catalogue(LRU, self.freed.append)
         self.rows: dict[Entry, Row] = {}
         self.slots = itertools.count()
 
@@ -269,7 +299,7 @@ class CatalogueModel(RuleBasedStateMachine):
         for key in KEYS:
             assert self.catalogue.get(key) is self.visible(key)
         unread = {e for e, row in self.rows.items() if row.state == "ready" and not row.readers}
-        assert set(self.catalogue.victims(now=0)) == unread
+        assert set(self.catalogue.victims(1, now=0, wanted=len(KEYS) + 1)) == unread
 
 
 TestCatalogueAgainstTheModel = CatalogueModel.TestCase

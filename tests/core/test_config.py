@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import hypothesis.strategies as st
@@ -34,7 +35,7 @@ trees = st.fixed_dictionaries(
         "client": st.fixed_dictionaries(
             {},
             optional={
-                "lookup_wait": st.floats(0, 1e3),
+                "lookup_wait": st.floats(0, 60),
                 "load_deadline": st.floats(1.0, 90.0),
                 "copy_threads": st.integers(1, 8),
                 "save": st.booleans(),
@@ -103,6 +104,19 @@ def test_a_key_like_no_other_is_refused_with_all_there_are() -> None:
     assert "host.size" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "right"),
+    [
+        ("host.size", "8GiB", "host: {size: 8GiB}"),
+        ("chunk.tokens", 64, "chunk: {tokens: 64}"),
+        ("client.save", False, "client: {save: false}"),
+    ],
+)
+def test_a_key_with_a_dot_is_refused_with_how_to_write_it(key: str, value: Any, right: str) -> None:
+    message = refused(("node.yaml", {key: value}))
+    assert message == f"{key} in node.yaml is one key with a dot in it: write it as {right}"
+
+
 def test_a_section_that_is_no_section_is_refused_with_its_keys() -> None:
     assert refused(("flags", {"chunk": 64})) == "chunk in flags is 64; it holds keys: tokens"
 
@@ -116,12 +130,34 @@ def test_a_section_that_is_no_section_is_refused_with_its_keys() -> None:
         ("host.size", "8 elephants", "'8 elephants' is not a size"),
         ("host.size", True, "True is not a size"),
         ("host.size", -1, "-1 is not a size"),
+        ("host.size", "1e9", "'1e9' is not a size such as 8GiB or 500MB"),
+        ("host.size", math.nan, "nan is not a size"),
+        ("host.size", math.inf, "inf is not a size"),
+        ("host.size", "9" * 400, "is not a size"),
+        ("host.size", None, "None is not a size"),
+        ("host.segment_size", [1], "[1] is not a size"),
+        ("node.idle_exit", True, "True is not a time"),
+        ("node.idle_exit", -1.5, "-1.5 is not a time"),
+        ("node.idle_exit", "-1.5s", "'-1.5s' is not a time"),
+        ("node.idle_exit", math.nan, "nan is not a time"),
+        ("node.idle_exit", -math.inf, "-inf is not a time"),
+        ("node.idle_exit", "9" * 400 + "d", "is not a time"),
+        ("client.lookup_wait", math.inf, "inf is not a time"),
+        ("client.lookup_wait", "1h", "3600.0; the most allowed is 60.0 seconds"),
+        ("client.call_deadline", "1h", "3600.0; the most allowed is 60.0 seconds"),
         ("node.idle_exit", "auto", "'auto' is not a time"),
         ("node.idle_exit", "0.5s", "0.5; the least allowed is 1.0"),
         ("client.load_deadline", 0, "0.0; the least allowed is 0.1"),
         ("client.load_deadline", "2min", "120.0; the most allowed is 90.0"),
-        ("host.size", 0, "0; the least allowed is 4096"),
+        ("host.size", 0, "0; the least allowed is 4096 bytes"),
         ("client.copy_threads", 0, "0; the least allowed is 1"),
+        ("client.copy_threads", 65, "65; the most allowed is 64"),
+        ("client.copy_threads", True, "True; it must be a whole number"),
+        ("client.copy_threads", math.nan, "nan; it must be a whole number"),
+        ("chunk.tokens", 0, "0; the least allowed is 1"),
+        ("chunk.tokens", -256, "-256; the least allowed is 1"),
+        ("chunk.tokens", 65537, "65537; the most allowed is 65536"),
+        ("chunk.tokens", "256", "'256'; it must be a whole number"),
         ("client.copy_threads", 1.0, "1.0; it must be a whole number"),
         ("client.save", 1, "1; it must be true or false"),
         ("client.save", "yes", "'yes'; it must be true or false"),
@@ -145,6 +181,20 @@ def test_a_wrong_value_is_refused_with_what_would_be_right(path: str, value: Any
 def test_two_sources_that_disagree_are_both_named() -> None:
     message = refused(("node.yaml", {"host": {"size": "8GiB"}}), ("flags", {"host": {"size": "4GiB"}}))
     assert message == "host.size is '8GiB' in node.yaml and '4GiB' in flags: set it in one place"
+
+
+def test_a_wrong_value_is_not_hidden_by_another_source() -> None:
+    """1 == True, and nan != nan: what is compared are values that have been found right."""
+    for wrong, right in ((True, 1), (math.nan, math.nan)):
+        message = refused(
+            ("a", {"client": {"copy_threads": wrong}}), ("b", {"client": {"copy_threads": right}})
+        )
+        assert message == f"client.copy_threads in a is {wrong}; it must be a whole number"
+
+
+def test_two_sources_may_say_the_same_in_other_words() -> None:
+    config = build_config(("a", {"host": {"size": "1GiB"}}), ("b", {"host": {"size": 1 << 30}}))
+    assert config.host.size == 1 << 30
 
 
 def test_two_sources_that_agree_are_fine() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
@@ -184,6 +186,27 @@ def test_ranks_share_the_writing(kv_heads: int, tp_size: int, planes: int) -> No
     counts = [ranks.count(rank) for rank in range(tp_size)]
     assert min(counts) > 0
     assert max(counts) == min(counts)
+
+
+@given(layouts, st.sampled_from([2, 4, 6, 8]))
+def test_ranks_share_the_writing_of_all_parts(layout: ChunkLayout, tp_size: int) -> None:
+    written: Counter[tuple[int, int]] = Counter()  # (heads of the layer, rank)
+    for sub_block in layout.sub_blocks:
+        heads = layout.parts[sub_block.part].layers[sub_block.layer].kv_heads
+        if tp_size % heads == 0:
+            written[heads, writer_of(layout, tp_size, sub_block)] += 1
+    for heads in {heads for heads, _ in written}:
+        shares = [written[heads, rank] for rank in range(tp_size)]
+        assert max(shares) - min(shares) <= 1
+
+
+def test_a_part_goes_on_with_the_turn_of_the_one_before() -> None:
+    layer = LayerSpec("layer", 1, (8,), "bfloat16")
+    other = LayerSpec("other", 2, (8,), "bfloat16")  # between them, and counted apart
+    parts = (Part(PartKind.LATENT, (layer, other)), Part(PartKind.DRAFT, (layer, other, layer)))
+    layout = ChunkLayout(16, parts)
+    writers = [writer_of(layout, 2, s) for s in layout.sub_blocks if parts[s.part].layers[s.layer] is layer]
+    assert writers == [0, 1, 0]
 
 
 def test_more_replicas_than_sub_blocks_leaves_some_without_work() -> None:

@@ -154,37 +154,6 @@ def test_what_is_leased_already_may_be_leased_by_all(store: Store, engine: Engin
     assert len(other.match(7)) == 1
 
 
-# ------------------------------------------------------------------------------------------ eviction
-
-
-def test_the_least_recently_used_chunk_goes_first(engine: Engine) -> None:
-    engine.save(*range(1, 5))
-    engine.save(*range(5, 9))
-    engine.tell(used=(keys(1, 2),))
-    engine.save(11, 12)
-    found = [number for number in range(1, 9) if engine.match(number)]
-    assert found == [1, 2, 5, 6, 7, 8]
-
-
-def test_a_full_pool_refuses_and_says_so(store: Store, engine: Engine) -> None:
-    engine.reserve(*range(1, 5))
-    engine.register_all()
-    grants = engine.reserve(*range(5, 12))
-    assert grants[4:] == [Why.FULL] * 3
-    assert store.planner.counters["refused_full"] == 3
-
-
-def test_only_chunks_that_the_writer_can_reach_are_evicted_for_it(store: Store, engine: Engine) -> None:
-    engine.save(*range(1, 5))
-    engine.save(*range(5, 9))
-    other = Engine(store, "other", SLOT, workers=1)
-    other.open()
-    store.step(SegmentRegistered("other", 0, 1))
-    granted = other.reserve(11)
-    assert [slot.segment for slot in granted if isinstance(slot, Slot)] == [1]
-    assert len(engine.match(1, 2, 3, 4)) == 4
-
-
 # ------------------------------------------------------------------------------- segments and their workers
 
 
@@ -197,6 +166,18 @@ def test_nothing_is_granted_before_every_rank_has_registered(store: Store) -> No
     assert engine.reserve(1) == [Why.NOT_READY]
     store.step(SegmentRegistered("engine", 1, 0))
     assert isinstance(engine.reserve(1)[0], Slot)
+
+
+@pytest.mark.parametrize(("rank", "segment"), [(0, 7), (0, -1), (2, 0), (-1, 0), (10**9, 10**9)])
+def test_a_registration_that_cannot_be_is_ignored_and_counted(store: Store, rank: int, segment: int) -> None:
+    engine = store.engine(workers=2)
+    before = {number: set(ranks) for number, ranks in store.planner.clients["engine"].registered.items()}
+    assert store.planner.counters["ignored_registrations"] == 0
+    store.step(SegmentRegistered(engine.name, rank, segment))
+    client = store.planner.clients["engine"]
+    assert client.registered == before == {0: {0, 1}}
+    assert client.usable == {0}
+    assert store.planner.counters["ignored_registrations"] == 1
 
 
 def test_a_match_ends_where_a_rank_has_not_mapped_the_segment(store: Store, engine: Engine) -> None:
@@ -275,6 +256,22 @@ def test_a_segment_with_readers_or_writers_keeps_its_slot_size(store: Store, eng
     large = store.engine("large", slot_bytes=2 * SLOT)
     assert large.reserve(100) == [Why.FULL]
     engine.tell(released=tuple(engine.leases), aborted=tuple(engine.jobs))
+    assert isinstance(large.reserve(100)[0], Slot)
+
+
+def test_a_segment_with_a_live_pin_keeps_its_slot_size(store: Store, engine: Engine) -> None:
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    for number in (1, 5):
+        pinned = store.planner.catalogue.get(key(number))
+        assert pinned is not None
+        pinned.pin_deadline = 10.0
+    large = store.engine("large", slot_bytes=2 * SLOT)
+    store.now = 9.0
+    assert large.reserve(100) == [Why.FULL]
+    assert len(engine.match(1)) == len(engine.match(5)) == 1
+    engine.tell(released=tuple(engine.leases))
+    store.now = 10.0
     assert isinstance(large.reserve(100)[0], Slot)
 
 

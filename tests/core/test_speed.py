@@ -33,7 +33,7 @@ def test_hashing_131072_tokens_takes_milliseconds() -> None:
 
 
 def test_a_catalogue_matches_a_million_keys_a_second() -> None:
-    catalogue = Catalogue(LRU(), lambda slot: None)
+    catalogue = Catalogue(LRU, lambda slot: None)
     keys = [key(number) for number in range(20_000)]
     for number, each in enumerate(keys):
         catalogue.move(catalogue.reserve(each, Slot(0, number, 1)), Cause.COMMIT)

@@ -9,6 +9,7 @@ import hashlib
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -115,15 +116,14 @@ class FreesAtDisconnect(Planner):
 class ForgetsReaders(Planner):
     """An evicted chunk's slot is free at once, whoever reads it."""
 
-    def _evict(self, client: Client, now: float) -> bool:
-        for key in list(self.catalogue._policy.victims()):
+    def _make_room(self, client: Client, wanted: int, now: float) -> Iterator[bool]:
+        for key in list(self.catalogue._orders[client.slot_bytes].victims()):
             entry = self.catalogue._visible[key]
             if client.can_reach(entry):
                 self.catalogue.move(entry, Cause.DROP)
                 self.catalogue.move(entry, Cause.DRAINED)
                 entry.readers = 0
-                return True
-        return False
+                yield True
 
 
 class EagerCatalogue(Catalogue):

@@ -1,0 +1,142 @@
+"""How large a pool may grow: what the machine or a cgroup has, and not more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvstrata.controller.node.__main__ import Memory, choose_pool_bytes, memory
+from kvstrata.controller.node.launch import start_node
+from kvstrata.core.config import HostConfig
+from kvstrata.core.errors import ConfigError, NodeUnavailable
+from tests.controller.stores import MIB, Engine, RunningStore, config_for, wait_for
+
+GIB = 1 << 30
+V1_NO_LIMIT = (1 << 63) - 4096
+
+
+def machine(root: Path, groups: str = "", **files: str) -> Path:
+    """A root folder of a machine with 64 GiB, 48 of them available; `files` lie in sys/fs/cgroup."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(
+        f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\nMemAvailable: {48 << 20} kB\nHugePages_Total: 0\n"
+    )
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return root
+
+
+def test_this_machine_has_memory() -> None:
+    has = memory()
+    assert 0 < has.available <= has.total
+
+
+@pytest.mark.parametrize("groups", ["", "0::/\n", "4:memory:/box\n0::/\n"])
+def test_without_a_limit_it_is_the_machine_s(tmp_path: Path, groups: str) -> None:
+    assert memory(machine(tmp_path, groups)) == Memory(64 * GIB, 48 * GIB)
+
+
+def test_a_container_has_what_its_cgroup_allows(tmp_path: Path) -> None:
+    files = {
+        "memory.max": f"{16 * GIB}",
+        "memory.current": f"{10 * GIB}",
+        "memory.stat": "anon 1\nfile 1\ninactive_file 0\nactive_file 0",
+    }
+    assert memory(machine(tmp_path, "0::/\n", **files)) == Memory(16 * GIB, 6 * GIB)
+
+
+def test_a_full_page_cache_is_available(tmp_path: Path) -> None:
+    files = {
+        "memory.max": f"{16 * GIB}",
+        "memory.current": f"{16 * GIB}",
+        "memory.stat": f"inactive_file {3 * GIB}\nactive_file {4 * GIB}",
+    }
+    assert memory(machine(tmp_path, "0::/\n", **files)) == Memory(16 * GIB, 7 * GIB)
+
+
+def test_the_narrowest_of_nested_groups_counts(tmp_path: Path) -> None:
+    files = {
+        "a/b/c/memory.max": "max",
+        "a/b/c/memory.current": "5",
+        "a/b/memory.max": f"{8 * GIB}",
+        "a/b/memory.current": f"{9 * GIB}",  # as after a limit was lowered
+        "a/memory.max": f"{32 * GIB}",
+        "a/memory.current": f"{9 * GIB}",
+    }
+    assert memory(machine(tmp_path, "0::/a/b/c\n", **files)) == Memory(8 * GIB, 0)
+
+
+def test_the_older_cgroups_count_too(tmp_path: Path) -> None:
+    files = {
+        "memory/box/memory.limit_in_bytes": f"{8 * GIB}",
+        "memory/box/memory.usage_in_bytes": f"{5 * GIB}",
+        "memory/box/memory.stat": f"active_file 7\ntotal_active_file {GIB}\ntotal_inactive_file {GIB}",
+        "memory/memory.limit_in_bytes": f"{V1_NO_LIMIT}",
+        "memory/memory.usage_in_bytes": f"{20 * GIB}",
+    }
+    root = machine(tmp_path, "9:pids:/\n4:memory:/box\n0::/\n", **files)
+    assert memory(root) == Memory(8 * GIB, 5 * GIB)
+
+
+def test_a_container_may_not_see_where_its_group_lies(tmp_path: Path) -> None:
+    files = {
+        "memory/memory.limit_in_bytes": f"{8 * GIB}",
+        "memory/memory.usage_in_bytes": f"{5 * GIB}",
+    }
+    assert memory(machine(tmp_path, "4:memory:/docker/4f2a\n", **files)) == Memory(8 * GIB, 3 * GIB)
+
+
+def test_left_out_it_is_a_quarter_of_what_is_available() -> None:
+    assert choose_pool_bytes(HostConfig(), Memory(64 * GIB, 8 * GIB)) == 2 * GIB
+
+
+def test_what_is_not_available_now_may_be_later() -> None:
+    assert choose_pool_bytes(HostConfig(size=64 * GIB), Memory(64 * GIB, 8 * GIB)) == 64 * GIB
+
+
+def test_more_than_the_machine_has_is_refused_with_both_sizes() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_pool_bytes(HostConfig(size=65 * GIB), Memory(64 * GIB, 8 * GIB))
+    message = str(caught.value)
+    assert message.startswith("host.size is 65.0 GiB, and this machine, or the cgroup")
+    assert "has 64.0 GiB of memory: make it smaller, or leave it out" in message
+
+
+# ------------------------------------------------------------------------------- where the user reads it
+
+
+def test_a_store_of_more_memory_than_there_is_does_not_start(runtime_dir: Path) -> None:
+    with pytest.raises(NodeUnavailable, match=r"host\.size is 64\.0 TiB, and this machine"):
+        start_node(config_for(runtime_dir, host={"size": "64TiB"}))
+    assert not (runtime_dir / "node.sock").exists()
+
+
+def test_an_engine_is_told_once_why_no_store_starts(
+    runtime_dir: Path, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between attempts nobody listens; that is no news, and its node.log says nothing."""
+    monkeypatch.setattr("kvstrata.controller.client.node._START_PATIENCE_S", 0.1)
+    monkeypatch.setattr("kvstrata.controller.client.node._AUTOSTART_EVERY_S", 1.0)
+    attempts = []
+    monkeypatch.setattr(
+        "kvstrata.controller.client.node.start_node",
+        lambda config: (attempts.append(config), start_node(config)),
+    )
+    engine = engines(config_for(runtime_dir, host={"size": "64TiB"}, node={"autostart": True}), "greedy")
+    wait_for("three attempts", lambda: len(attempts) >= 3)
+    assert engine.client.session is None
+    (trouble,) = engine.troubles
+    assert "kvstrata is not used for now, every lookup is a miss" in trouble
+    assert "host.size is 64.0 TiB" in trouble
+
+
+def test_a_store_says_in_its_log_that_memory_is_short(runtime_dir: Path) -> None:
+    size = memory().total // MIB * MIB  # never all of it is available
+    store = RunningStore.start(config_for(runtime_dir, host={"size": size}))
+    store.stop()
+    assert "of memory are available now: it may run out as the pool grows" in store.log

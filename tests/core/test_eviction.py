@@ -1,0 +1,115 @@
+"""What goes when a pool is full, for whom, and how far the planner looks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvstrata.core.events import SegmentRegistered, Why
+from kvstrata.core.policy import LRU, POLICIES
+from kvstrata.core.slots import Slot
+from tests.core.stores import SLOT, Engine, Store, keys
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def engine(store: Store) -> Engine:
+    return store.engine()
+
+
+def test_the_least_recently_used_chunk_goes_first(engine: Engine) -> None:
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    engine.tell(used=(keys(1, 2),))
+    engine.save(11, 12)
+    found = [number for number in range(1, 9) if engine.match(number)]
+    assert found == [1, 2, 5, 6, 7, 8]
+
+
+def test_a_full_pool_refuses_and_says_so(store: Store, engine: Engine) -> None:
+    engine.reserve(*range(1, 5))
+    engine.register_all()
+    grants = engine.reserve(*range(5, 12))
+    assert grants[4:] == [Why.FULL] * 3
+    assert store.planner.counters["refused_full"] == 3
+
+
+def test_only_chunks_that_the_writer_can_reach_are_evicted_for_it(store: Store, engine: Engine) -> None:
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    other = Engine(store, "other", SLOT, workers=1)
+    other.open()
+    store.step(SegmentRegistered("other", 0, 1))
+    granted = other.reserve(11)
+    assert [slot.segment for slot in granted if isinstance(slot, Slot)] == [1]
+    assert len(engine.match(1, 2, 3, 4)) == 4
+
+
+class CountingLRU(LRU):
+    """Counts the keys that it was made to show."""
+
+    shown = 0
+
+    def victims(self) -> Iterator[bytes]:
+        for each in super().victims():
+            CountingLRU.shown += 1
+            yield each
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many candidates evictions have looked at since it was asked last."""
+    monkeypatch.setitem(POLICIES, "lru", CountingLRU)
+
+    def since() -> int:
+        count, CountingLRU.shown = CountingLRU.shown, 0
+        return count
+
+    since()
+    return since
+
+
+def test_one_model_s_eviction_does_not_look_at_another_s_chunks(shown: Callable[[], int]) -> None:
+    store = Store(slots=1008, per_segment=1000)
+    small = store.engine("small")
+    small.save(*range(1000))
+    large = store.engine("large", slot_bytes=4 * SLOT)
+    large.save(5000, 5001)  # in the last segment, later than all of the other's
+    assert store.free == 0
+    large.save(5002)
+    small.save(2000)
+    assert shown() == 2
+    assert [bool(large.match(number)) for number in (5000, 5001, 5002)] == [False, True, True]
+    assert [bool(small.match(number)) for number in (0, 1, 2000)] == [False, True, True]
+
+
+def test_an_update_walks_past_what_it_cannot_evict_once(shown: Callable[[], int]) -> None:
+    store = Store(slots=1500, per_segment=1000)
+    engine = store.engine()
+    engine.save(*range(1000))
+    engine.save(*range(1000, 1500))
+    shown()
+    other = Engine(store, "other", SLOT, workers=1)
+    other.open()
+    store.step(SegmentRegistered("other", 0, 1))  # and not the first, where the oldest chunks are
+    other.save(*range(2000, 2100))
+    assert shown() == 1100
+
+
+def test_an_eviction_gives_up_after_a_while(
+    shown: Callable[[], int], store: Store, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstrata.core.catalogue._LOOKED_AT_MAX", 3)
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    shown()
+    other = Engine(store, "other", SLOT, workers=1)
+    other.open()
+    store.step(SegmentRegistered("other", 0, 1))
+    assert other.reserve(11, 12) == [Why.FULL] * 2
+    assert shown() == 3, "not once more for the second"
