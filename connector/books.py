@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from kvstrata.connector.transfer import ChunkCopy, SaveJob
+from kvstrata.connector.jobs import ChunkCopy, SaveJob
 from kvstrata.core.events import Update
 from kvstrata.core.slots import Slot
 

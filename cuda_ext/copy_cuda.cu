@@ -609,8 +609,12 @@ int kvs_pipe_save(kvs_pipe* pipe, const kvs_chunk* chunks, int64_t count, void* 
     return run(*pipe, false, chunks, count, after, 1e300, &begun, flags);
 }
 
-int kvs_cuda_register(void* memory, int64_t nbytes) noexcept {
+int kvs_cuda_register(int device, void* memory, int64_t nbytes) noexcept {
+    KVS_TRY(cudaSetDevice(device));
     return static_cast<int>(cudaHostRegister(memory, static_cast<size_t>(nbytes), cudaHostRegisterPortable));
 }
 
-int kvs_cuda_unregister(void* memory) noexcept { return static_cast<int>(cudaHostUnregister(memory)); }
+int kvs_cuda_unregister(int device, void* memory) noexcept {
+    KVS_TRY(cudaSetDevice(device));
+    return static_cast<int>(cudaHostUnregister(memory));
+}

@@ -78,17 +78,17 @@ class DeviceLibrary:
     def __init__(self, native: ctypes.CDLL) -> None:
         self.native = _declare(native)
 
-    def register(self, address: int, nbytes: int) -> None:
+    def register(self, device: int, address: int, nbytes: int) -> None:
         """Make host memory known to CUDA, so that copies run at the link's rate.
 
         Raises:
             DeviceError: there is no GPU, or memory may not be locked.
         """
-        self.check(self.native.kvs_cuda_register(address, nbytes))
+        self.check(self.native.kvs_cuda_register(device, address, nbytes))
 
-    def unregister(self, address: int) -> None:
+    def unregister(self, device: int, address: int) -> None:
         """Raises DeviceError."""
-        self.check(self.native.kvs_cuda_unregister(address))
+        self.check(self.native.kvs_cuda_unregister(device, address))
 
     def check(self, error: int) -> None:
         if error:
@@ -236,8 +236,8 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     chunks, flags = ctypes.POINTER(_Chunk), ctypes.POINTER(int64)
     native.kvs_cuda_error.argtypes = [ctypes.c_int]
     native.kvs_cuda_error.restype = ctypes.c_char_p
-    native.kvs_cuda_register.argtypes = [pointer, int64]
-    native.kvs_cuda_unregister.argtypes = [pointer]
+    native.kvs_cuda_register.argtypes = [ctypes.c_int, pointer, int64]
+    native.kvs_cuda_unregister.argtypes = [ctypes.c_int, pointer]
     native.kvs_pipe_open.argtypes = [ctypes.POINTER(_Shape), ctypes.POINTER(Plane), int64, ctypes.POINTER(pointer)]
     native.kvs_pipe_close.argtypes = [pointer]
     native.kvs_pipe_close.restype = None

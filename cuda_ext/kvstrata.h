@@ -109,8 +109,8 @@ typedef struct kvs_chunk {
 /* All of these return 0 or a CUDA error; kvs_cuda_error puts it in words. */
 KVS_API int kvs_cuda_abi_version(void) KVS_NOEXCEPT;
 KVS_API const char* kvs_cuda_error(int error) KVS_NOEXCEPT;
-KVS_API int kvs_cuda_register(void* memory, int64_t nbytes) KVS_NOEXCEPT;
-KVS_API int kvs_cuda_unregister(void* memory) KVS_NOEXCEPT;
+KVS_API int kvs_cuda_register(int device, void* memory, int64_t nbytes) KVS_NOEXCEPT;
+KVS_API int kvs_cuda_unregister(int device, void* memory) KVS_NOEXCEPT;
 
 KVS_API int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plane* planes, int64_t n_planes,
                           kvs_pipe** pipe) KVS_NOEXCEPT;

@@ -5,36 +5,39 @@ Never serve with these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from kvstrata.connector.transfer import Copier
+from kvstrata.connector.jobs import Fence, LoadJob, Report, SaveJob
+from kvstrata.connector.transfer import Copies
 from kvstrata.connector.vllm.connector import KVStrataConnector
 from kvstrata.connector.vllm.worker import WorkerConnector
+from kvstrata.cuda_ext.native import EngineCache
 
 
 class _ZeroedLoads:
     """Verifies and copies as it should, then zeroes what it copied."""
 
-    def __init__(self, copier: Copier, caches: Mapping[str, torch.Tensor]) -> None:
-        self._copier, self._caches = copier, caches
+    def __init__(self, copies: Copies, caches: Mapping[str, torch.Tensor]) -> None:
+        self._copies, self._caches = copies, caches
 
-    def gather(self, slot_address: int, block_ids: tuple[int, ...], key: bytes) -> None:
-        self._copier.gather(slot_address, block_ids, key)
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None) -> list[Report]:
+        return self._copies.save(jobs, after)
 
-    def scatter(self, slot_address: int, block_ids: tuple[int, ...], key: bytes) -> None:
-        self._copier.scatter(slot_address, block_ids, key)
+    def load(self, job: LoadJob, after: Fence | None) -> Report:
+        report = self._copies.load(job, after)
+        blocks = [block for chunk in job.chunks for block in chunk.blocks if block >= 0]
         for cache in self._caches.values():
-            for block in block_ids:
-                if block >= 0:
-                    cache[block].zero_()
+            cache[blocks] = 0
+            if cache.is_cuda:
+                torch.cuda.synchronize(cache.device)
+        return report
 
 
 class _ZeroingWorker(WorkerConnector):
-    def make_copier(self, caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> Copier:
-        return _ZeroedLoads(super().make_copier(caches, layers), caches)
+    def make_copies(self, cache: EngineCache, caches: Mapping[str, torch.Tensor]) -> Copies:
+        return _ZeroedLoads(super().make_copies(cache, caches), caches)
 
 
 class ZeroedLoadsConnector(KVStrataConnector):

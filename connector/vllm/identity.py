@@ -124,7 +124,7 @@ def model_identity(vllm_config: VllmConfig, layout: ChunkLayout) -> ModelIdentit
         weight_quantization=str(model.quantization),
         kv_dtype=f"{vllm_config.cache_config.cache_dtype}/{model.dtype}",
         kv_scales="checkpoint",
-        layout=layout.digest,
+        layout=layout.raw.digest,  # packed or not, the content is the same
         context=context,
     )
 

@@ -16,13 +16,15 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Uniform
 
 from kvstrata.connector.vllm.compat import cache_layout_extras
 from kvstrata.core.errors import UnsupportedModel
-from kvstrata.core.layout import ChunkLayout, LayerSpec, Part, PartKind, chunk_tokens_for
+from kvstrata.core.layout import CODEC_PACKED, ChunkLayout, LayerSpec, Part, PartKind, chunk_tokens_for
 from kvstrata.cuda_ext.native import EngineCache, PlaneView
 
 _PROBE_BITS = 3  # values 0..7 are exact in every cache dtype, fp8 included
 
 
-def chunk_layout(config: KVCacheConfig, chunk_tokens: int, tp_size: int = 1) -> ChunkLayout:
+def chunk_layout(
+    config: KVCacheConfig, chunk_tokens: int, tp_size: int = 1, codec: int = CODEC_PACKED
+) -> ChunkLayout:
     """The canonical layout of a model, the same on the scheduler side and on every worker.
 
     Raises:
@@ -35,7 +37,7 @@ def chunk_layout(config: KVCacheConfig, chunk_tokens: int, tp_size: int = 1) -> 
         spec = specs.kv_cache_specs[name] if isinstance(specs, UniformTypeKVCacheSpecs) else specs
         layers.append(_layer(name, spec, tp_size))
     return ChunkLayout(
-        chunk_tokens_for(chunk_tokens, specs.block_size), (Part(PartKind.FULL, tuple(layers)),)
+        chunk_tokens_for(chunk_tokens, specs.block_size), (Part(PartKind.FULL, tuple(layers)),), codec
     )
 
 
@@ -103,15 +105,13 @@ def engine_cache(
 
 
 def _check_tensor(spec: LayerSpec, cache: torch.Tensor, block_tokens: int) -> None:
-    if cache.device.type != "cpu":
-        raise UnsupportedModel(
-            f"layer {spec.name} keeps its KV on {cache.device}: this version copies from CPU engines only"
-        )
+    if cache.device.type not in ("cpu", "cuda"):
+        raise UnsupportedModel(f"layer {spec.name} keeps its KV on {cache.device}: only CPU and CUDA are known")
     wanted = (spec.kv_heads, block_tokens, sum(spec.plane_dims))
-    if tuple(cache.shape[1:]) != wanted or not cache[0, 0].is_contiguous():
+    if tuple(cache.shape[1:]) != wanted or min(cache.stride()) < 0:
         raise UnsupportedModel(
             f"layer {spec.name}: KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}, "
-            f"expected [blocks, {', '.join(map(str, wanted))}] with whole (block, head) regions"
+            f"expected [blocks, {', '.join(map(str, wanted))}]"
         )
     if cache.element_size() != spec.item_bytes:
         raise UnsupportedModel(f"layer {spec.name}: KV cache of {cache.dtype}, expected {spec.dtype}")
@@ -120,17 +120,19 @@ def _check_tensor(spec: LayerSpec, cache: torch.Tensor, block_tokens: int) -> No
 def _probe(
     spec: LayerSpec, cache: torch.Tensor, layer: Any, block_tokens: int
 ) -> tuple[list[int], list[int]]:
-    """Element offsets of K and V inside a (block, head) region, by [token * dim + d].
+    """Offsets, in elements, of K and V from the start of a (block, head), by [token * dim + d].
 
     Each element is given its own number, a few bits at a time, through the engine's own write;
-    what is then read from the region says where each element went.
+    what is then read from a scratch block of the same strides says where each element went.
     """
     key_dim, value_dim = spec.plane_dims
-    region = block_tokens * (key_dim + value_dim)
-    scratch = torch.zeros((1, *cache.shape[1:]), dtype=cache.dtype)
-    numbers = torch.arange(region, dtype=torch.int64)
-    slots = torch.arange(block_tokens, dtype=torch.int64)
-    found = torch.zeros((spec.kv_heads, region), dtype=torch.int64)
+    columns = key_dim + value_dim
+    region = block_tokens * columns
+    scratch = torch.empty_strided((1, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device)
+    scratch.zero_()
+    numbers = torch.arange(region, dtype=torch.int64, device=cache.device)
+    slots = torch.arange(block_tokens, dtype=torch.int64, device=cache.device)
+    found = torch.zeros((spec.kv_heads, region), dtype=torch.int64, device=cache.device)
     for shift in range(0, region.bit_length(), _PROBE_BITS):
         digits = (numbers >> shift) & ((1 << _PROBE_BITS) - 1)
         key = digits[: block_tokens * key_dim].view(block_tokens, 1, key_dim)
@@ -142,20 +144,32 @@ def _probe(
             scratch,
             slots,
         )
-        found |= scratch[0].reshape(spec.kv_heads, region).float().to(torch.int64) << shift
-    if not (found == found[0]).all() or not torch.equal(found[0].sort().values, numbers):
+        found |= _numbers_in(scratch).reshape(spec.kv_heads, region) << shift
+    found = found.cpu()
+    if not (found == found[0]).all() or not torch.equal(found[0].sort().values, numbers.cpu()):
         raise UnsupportedModel(
             f"layer {spec.name}: the engine does not write each element of a block exactly once"
         )
+    place = torch.arange(region, dtype=torch.int64)
     offsets = torch.empty(region, dtype=torch.int64)
-    offsets[found[0]] = numbers
+    offsets[found[0]] = place // columns * cache.stride(2) + place % columns * cache.stride(3)
     return offsets[: block_tokens * key_dim].tolist(), offsets[block_tokens * key_dim :].tolist()
+
+
+def _numbers_in(scratch: torch.Tensor) -> torch.Tensor:
+    """What was written to the scratch block, as whole numbers."""
+    values = scratch[0].contiguous()
+    if values.dtype == torch.uint8:  # how vLLM holds fp8
+        values = values.view(torch.float8_e4m3fn)
+    return values.float().to(torch.int64)
 
 
 def _compute_dtype(cache: torch.Tensor) -> torch.dtype:
     if cache.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return cache.dtype
-    raise UnsupportedModel(f"a KV cache of {cache.dtype} on a CPU engine is not supported in this version")
+    if cache.is_cuda and cache.dtype in (torch.uint8, torch.float8_e4m3fn):
+        return torch.bfloat16
+    raise UnsupportedModel(f"a KV cache of {cache.dtype} on {cache.device} is not supported in this version")
 
 
 def _views(spec: LayerSpec, cache: torch.Tensor, offsets: tuple[list[int], list[int]]) -> list[PlaneView]:

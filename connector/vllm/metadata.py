@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvstrata.connector.transfer import LoadJob, SaveJob
+from kvstrata.connector.jobs import LoadJob, SaveJob
 
 
 @dataclass

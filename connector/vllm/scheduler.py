@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kvstrata.connector.books import Outbox, Save, SaveBook, Stage
-from kvstrata.connector.transfer import ChunkCopy, LoadJob
+from kvstrata.connector.jobs import ChunkCopy, LoadJob
 from kvstrata.connector.vllm.compat import all_tokens, is_streaming_input, prompt_tokens, skips_prefix_cache
 from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone

@@ -11,18 +11,25 @@ from typing import Any
 
 import torch
 
-from kvstrata.connector.transfer import Copier, LoadJob, Report, Transfer
+from kvstrata.connector.device_copies import DeviceCopies, DeviceRegistration
+from kvstrata.connector.host_copies import HostCopies
+from kvstrata.connector.jobs import Fence, LoadJob, Report
+from kvstrata.connector.transfer import Copies, Role, Transfer
 from kvstrata.connector.vllm.layout import engine_cache
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
 from kvstrata.connector.vllm.stats import Stats
-from kvstrata.controller.client import worker_segments
+from kvstrata.controller.client import SegmentMap, worker_segments
 from kvstrata.core.config import Config
 from kvstrata.core.layout import ChunkLayout
-from kvstrata.cuda_ext.native import CopyEngine
+from kvstrata.cuda_ext.device import DevicePipe, load_device_library
+from kvstrata.cuda_ext.native import CopyEngine, EngineCache
 
 log = logging.getLogger("kvstrata.vllm")
 
 _IDLE_WAIT_S = 0.001
+_SLAB_BYTES = 32 << 20  # three in each direction: 192 MiB of the device's memory
+_SAVES_AT_ONCE = 16
+_REGISTERED_AT_ONCE = 64 << 20
 
 
 class WorkerConnector:
@@ -37,8 +44,10 @@ class WorkerConnector:
         self, client: str, rank: int, layout: ChunkLayout, block_tokens: int, config: Config
     ) -> None:
         self._layout, self._block_tokens, self._config = layout, block_tokens, config
-        self._segments = worker_segments(config.node, client, rank)
+        self._client, self._rank = client, rank
+        self._segments: SegmentMap | None = None
         self._transfer: Transfer | None = None
+        self._device = torch.device("cpu")
         self._loads: dict[int, tuple[str, LoadJob]] = {}
         self._done = WorkDone()
         self._bad_blocks: set[int] = set()
@@ -50,27 +59,51 @@ class WorkerConnector:
         Raises:
             UnsupportedModel: it is not laid out as it should be.
         """
-        copier = self.make_copier(caches, layers)
-        self._transfer = Transfer(
-            copier, self._segments, self._layout.slot_bytes, self._config.client.copy_threads
-        )
+        cache = engine_cache(self._layout, caches, layers, self._block_tokens)
+        self._device = next(iter(caches.values())).device
+        copies = self.make_copies(cache, caches)
+        if self._device.type == "cpu":
+            threads, at_once = [Role.ANY] * self._config.client.copy_threads, 1
+        else:  # the second thread for loads has the next job ready while the first waits for its last bytes
+            threads, at_once = [Role.LOADS, Role.LOADS, Role.SAVES], _SAVES_AT_ONCE
+        self._transfer = Transfer(copies, threads, at_once)
 
-    def make_copier(self, caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> Copier:
-        """What moves single chunks between the engine's cache and slots."""
-        return CopyEngine(self._layout, engine_cache(self._layout, caches, layers, self._block_tokens))
+    def make_copies(self, cache: EngineCache, caches: Mapping[str, torch.Tensor]) -> Copies:
+        """What moves chunks between the engine's cache and slots."""
+        slot_bytes, node = self._layout.slot_bytes, self._config.node
+        if self._device.type == "cpu":
+            self._segments = worker_segments(node, self._client, self._rank)
+            return HostCopies(CopyEngine(self._layout, cache), self._segments, slot_bytes)
+        library, device = load_device_library(), self._device.index or 0
+        loads, saves = (
+            DevicePipe(self._layout, cache, device, _SLAB_BYTES, gathers, library) for gathers in (False, True)
+        )
+        piece = max(1, _REGISTERED_AT_ONCE // slot_bytes) * slot_bytes
+        registration = DeviceRegistration(library, device, piece)
+        self._segments = worker_segments(node, self._client, self._rank, registration)
+        return DeviceCopies(loads, saves, self._segments, slot_bytes)
+
+    def _fence(self) -> Fence | None:
+        """What the engine has asked of its device so far."""
+        if self._device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return Fence(event.cuda_event, event)
 
     def before_step(self, work: StepWork) -> None:
         """Start saves; wait for those whose blocks this step overwrites."""
         if self._transfer is not None:
-            self._transfer.submit(saves=work.saves)
+            if work.saves:
+                self._transfer.submit(saves=work.saves, after=self._fence())
             self._transfer.flush(work.flush)
 
     def start_loads(self, work: StepWork) -> None:
         """Start loads. Their requests wait outside the batch, so the step does not."""
         for request_id, load in work.loads:
             self._loads[load.job] = (request_id, load)
-        if self._transfer is not None:
-            self._transfer.submit(loads=[load for _, load in work.loads])
+        if self._transfer is not None and work.loads:
+            self._transfer.submit(loads=[load for _, load in work.loads], after=self._fence())
 
     def finished_loads(self, work: StepWork) -> set[str]:
         """Requests whose load has ended, well or not."""
@@ -120,4 +153,5 @@ class WorkerConnector:
         """Finish the copies that were begun, then say bye to the store."""
         if self._transfer is not None:
             self._transfer.close()
-        self._segments.close()
+        if self._segments is not None:
+            self._segments.close()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvstrata.controller.paths import runtime_paths
 from kvstrata.controller.side import Hello, receive_message, send_message
@@ -27,13 +27,30 @@ log = logging.getLogger("kvstrata.client")
 _WELCOME_DEADLINE_S = 5.0
 
 
-def worker_segments(config: NodeConfig, client: str, rank: int) -> SegmentMap:
+class Registration(Protocol):
+    """Makes mapped segments known to a device."""
+
+    def add(self, mapping: MappedSegment) -> None:
+        """Raises OSError or KVStrataError: the segment cannot be used."""
+
+    def remove(self, mapping: MappedSegment) -> None: ...
+
+
+class _NoDevice:
+    def add(self, mapping: MappedSegment) -> None: ...
+
+    def remove(self, mapping: MappedSegment) -> None: ...
+
+
+def worker_segments(
+    config: NodeConfig, client: str, rank: int, registration: Registration | None = None
+) -> SegmentMap:
     """The segments of one worker of the engine `client`.
 
     Raises:
         ConfigError: the runtime folder cannot hold sockets.
     """
-    return SegmentMap(lambda: runtime_paths(config).side, Hello(client, "worker", rank))
+    return SegmentMap(lambda: runtime_paths(config).side, Hello(client, "worker", rank), registration)
 
 
 class SideConnection:
@@ -127,7 +144,7 @@ class SegmentMap:
     Args:
         side_socket: finds its path; asked again at each attempt.
         hello: who this worker is.
-        on_mapped: called with each new mapping, e.g. to register it with the device.
+        registration: told of each new mapping, and before it goes.
         retry_s: seconds between attempts to connect.
     """
 
@@ -135,11 +152,11 @@ class SegmentMap:
         self,
         side_socket: Callable[[], Path],
         hello: Hello,
-        on_mapped: Callable[[MappedSegment], None] = lambda _: None,
+        registration: Registration | None = None,
         retry_s: float = 0.5,
     ) -> None:
         self._side_socket, self._hello = side_socket, hello
-        self._on_mapped, self._retry_s = on_mapped, retry_s
+        self._registration, self._retry_s = registration or _NoDevice(), retry_s
         self._stores: dict[bytes, _StoreSegments] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -205,7 +222,7 @@ class SegmentMap:
                 with self._lock:
                     self._stores[connection.epoch].segments[segment] = _Counted(mapping)
             connection.send({"registered": segment})
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KVStrataError, RuntimeError, KeyError, TypeError, ValueError) as error:
             log.warning("segment of the host pool not usable: %s", error)
         finally:
             for fd in fds:
@@ -214,7 +231,7 @@ class SegmentMap:
     def _map(self, fd: int, nbytes: int) -> MappedSegment:
         mapping = map_segment(fd, nbytes)
         try:
-            self._on_mapped(mapping)
+            self._registration.add(mapping)
         except BaseException:
             unmap_segment(mapping)
             raise
@@ -227,6 +244,7 @@ class SegmentMap:
                 continue
             for segment, mapped in list(store.segments.items()):
                 if not mapped.users:
+                    self._registration.remove(mapped.mapping)
                     unmap_segment(mapped.mapping)
                     del store.segments[segment]
             if not store.segments:

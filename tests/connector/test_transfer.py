@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from kvstrata.connector.transfer import ChunkCopy, LoadJob, Report, SaveJob, Transfer
+from kvstrata.connector.host_copies import HostCopies
+from kvstrata.connector.jobs import ChunkCopy, LoadJob, Report, SaveJob
+from kvstrata.connector.transfer import Role, Transfer
 from kvstrata.controller.client import MappedSegment
 from kvstrata.cuda_ext.native import ChecksumMismatch
 
@@ -95,7 +97,7 @@ def segments() -> Segments:
 
 @pytest.fixture
 def transfer(copier: Copier, segments: Segments) -> Iterator[Transfer]:
-    transfer = Transfer(copier, segments, SLOT_BYTES)
+    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES))
     yield transfer
     copier.gate.set()
     transfer.close()
@@ -151,7 +153,7 @@ def test_loads_go_before_saves_and_each_kind_in_its_order(transfer: Transfer, co
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_every_job_is_reported_once(copier: Copier, segments: Segments, threads: int) -> None:
-    transfer = Transfer(copier, segments, SLOT_BYTES, threads)
+    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES), [Role.ANY] * threads)
     for job in range(0, 300, 3):
         transfer.submit([load(job, job % 7)], [save(job + 1, job % 7), save(job + 2, job % 5)])
         if job % 5 == 0:
@@ -265,7 +267,7 @@ def test_after_a_failure_the_thread_goes_on(transfer: Transfer, copier: Copier) 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_a_copy_raises_the_job_is_reported(copier: Copier, segments: Segments) -> None:
     copier.faults[key(1)] = RuntimeError("the device has gone")
-    transfer = Transfer(copier, segments, SLOT_BYTES)
+    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES))
     transfer.submit(saves=[save(1, 1), save(2, 2)])
     deadline = time.monotonic() + 0.5
     found: list[Report] = []
@@ -292,7 +294,7 @@ def test_poll_waits_no_longer_than_it_is_told(transfer: Transfer, copier: Copier
 
 
 def test_close_finishes_what_was_begun_and_drops_the_rest(copier: Copier, segments: Segments) -> None:
-    transfer = Transfer(copier, segments, SLOT_BYTES)
+    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES))
     hold_first(transfer, copier)
     transfer.submit([load(1, 1)], [save(2, 2)])
     closing = threading.Thread(target=transfer.close)
@@ -309,7 +311,7 @@ def test_close_finishes_what_was_begun_and_drops_the_rest(copier: Copier, segmen
 
 
 def test_close_with_nothing_to_do_ends_the_threads(copier: Copier, segments: Segments) -> None:
-    transfer = Transfer(copier, segments, SLOT_BYTES, threads=3)
+    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES), [Role.ANY] * 3)
     transfer.close()
     assert not any(thread.name.startswith("kvstrata-copy") for thread in threading.enumerate())
 
