@@ -325,9 +325,9 @@ def check_block_ids(cache: EngineCache, blocks: int, block_ids: Sequence[int], m
     """Raises ValueError unless `block_ids` are `blocks` ids inside `cache` (or `NO_BLOCK` where allowed)."""
     if len(block_ids) != blocks:
         raise ValueError(f"a chunk is {blocks} engine blocks, got {len(block_ids)} block ids")
-    for block_id in block_ids:
-        if not 0 <= block_id < cache.num_blocks and not (may_skip and block_id == NO_BLOCK):
-            raise ValueError(f"block id {block_id} is outside 0 .. {cache.num_blocks - 1}")
+    least = NO_BLOCK if may_skip else 0
+    if min(block_ids) < least or max(block_ids) >= cache.num_blocks:
+        raise ValueError(f"block ids {min(block_ids)} .. {max(block_ids)} are outside 0 .. {cache.num_blocks - 1}")
 
 
 def find_library(name: str = LIBRARY_NAME) -> Path:
