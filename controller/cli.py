@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kvstrata", description="A hierarchy of tiers for the KV cache of stock vLLM and SGLang."
+        prog="kvstrata", description="Keeps the KV cache of stock vLLM in host memory and gives it back."
     )
     parser.add_argument("--version", action="version", version=f"kvstrata {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

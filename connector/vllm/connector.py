@@ -58,8 +58,8 @@ class KVStrataConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerConnector | None = None
         self._worker: WorkerConnector | None = None
         if role is KVConnectorRole.SCHEDULER:
-            node = NodeClient(config, client, layout.slot_bytes, workers=1, notify=log.warning)
             identity = Identity(vllm_config, layout, config)
+            node = NodeClient(config, client, layout.slot_bytes, workers=1, notify=log.warning)
             identity.wait(_WEIGHTS_WAIT_S)
             self._scheduler = SchedulerConnector(
                 node, identity, layout.chunk_tokens, block_tokens, 1, config.client
@@ -114,7 +114,7 @@ class KVStrataConnector(KVConnectorBase_V1):
         self._on_worker.before_step(_step(kv_connector_metadata))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._on_worker.start_loads(_step(self._get_connector_metadata()))
+        """Loads have started before the forward pass."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are whole requests, outside the batch: no layer ever waits."""

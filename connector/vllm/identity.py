@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from concurrent.futures import Future, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ class Identity:
         self._weights = _weights(vllm_config, config)
         self._weights.add_done_callback(_say_if_failed)
         self._digest = b""  # of the model, once the weights are known
-        self._adapters: dict[tuple[str, str, int], tuple[Signature, Future[bytes]]] = {}
+        self._adapters: dict[tuple[str, str, int], _Adapter] = {}
 
     def wait(self, timeout_s: float) -> None:
         """Give the weights a moment to be read, so that the first requests of a small model are cached."""
@@ -82,22 +82,31 @@ class Identity:
         return chunk_extras(items, chunk_tokens) if items else {}
 
     def _adapter(self, lora: LoRARequest) -> bytes | None:
-        try:
-            files = weight_files(Path(lora.lora_path))
-        except UnsupportedModel as error:
-            raise UnsupportedModel(
-                f"adapter {lora.lora_name}: {error}: load it from a local folder"
-            ) from error
-        now = signature(files)
+        """A few stats for each request: vLLM may load the files again whenever it likes."""
         loaded = (lora.lora_name, lora.lora_path, lora.lora_int_id)
         if loaded not in self._adapters:
-            self._adapters[loaded] = (now, start_digest(files, memory_folder()))
-        seen, content = self._adapters[loaded]
-        if seen != now:  # the engine may still serve what it loaded before: nobody can tell which
+            try:
+                files = [Path(lora.lora_path), *weight_files(Path(lora.lora_path))]
+            except UnsupportedModel as error:
+                raise UnsupportedModel(
+                    f"adapter {lora.lora_name}: {error}: load it from a local folder"
+                ) from error
+            content = start_digest(files[1:], memory_folder())
+            self._adapters[loaded] = _Adapter(files, signature(files), content)
+        adapter = self._adapters[loaded]
+        if signature(adapter.files) != adapter.seen:
+            # The engine may still serve what it loaded before: nobody can tell which.
             raise UnsupportedModel(
                 f"adapter {lora.lora_name} has changed on disk: load it under another name or id"
             )
-        return content.result() if content.done() else None
+        return adapter.content.result() if adapter.content.done() else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    files: list[Path]  # its folder first: another file in it changes that
+    seen: Signature
+    content: Future[bytes]
 
 
 def _say_if_failed(weights: Future[bytes]) -> None:

@@ -31,9 +31,9 @@ class Tracked:
     lookup: Lookup | None = None
     may_load: bool = True  # False once a load has failed: recompute, never try in circles
     preemptions: int = 0  # those after which the store was asked again
-    ask_again: bool = False  # its lease was given back after waiting in the queue for long
+    asked: float = 0.0  # when the store was asked last, monotonic seconds
     blocks: list[int] = field(default_factory=list)
-    next_save: int = 0  # chunks before this one are stored, being saved, or were loaded
+    next_save: int = 0  # chunks before this one were found in the store, or are saved or given up
 
 
 @dataclass(slots=True)

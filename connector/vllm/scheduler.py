@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvstrata.vllm")
 
 _EXPIRY_EVERY_S = 1.0
+_ASK_AGAIN_S = 1.0
+_USED_EVERY = 32  # chunks
 
 
 class SchedulerConnector:
@@ -97,14 +99,14 @@ class SchedulerConnector:
     def _look_up(self, tracked: Tracked) -> None:
         session = self._client.session
         keys = tracked.chain.keys
+        tracked.asked = time.monotonic()
         if session is None or not tracked.may_load or not keys:
             return
         self._follow(session.epoch)
         lease = next(self._numbers)
-        tracked.lookup = Lookup(lease, session.epoch, time.monotonic())
+        tracked.lookup = Lookup(lease, session.epoch, tracked.asked)
         self._lookups[lease] = tracked
         self._unanswered.add(lease)
-        tracked.ask_again = False
         call = Match(self._client.client, self._client.next_seq(), lease, tuple(keys))
         self._client.post(session, call)
 
@@ -138,8 +140,13 @@ class SchedulerConnector:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption, or when the lookup has waited too long to be used."""
-        return tracked.ask_again or tracked.preemptions < tracked.request.num_preemptions
+        """Whether to ask (again): after a preemption, or after having queued for a while with no lease.
+
+        By now the store may have more, may be less busy, or may be there at all.
+        """
+        if tracked.preemptions < tracked.request.num_preemptions:
+            return True
+        return tracked.lookup is None and time.monotonic() - tracked.asked > _ASK_AGAIN_S
 
     def _loadable(self, tracked: Tracked) -> int:
         """Tokens, from the start, that the lookup found; whole blocks, and never the last token."""
@@ -187,12 +194,13 @@ class SchedulerConnector:
 
     def build_work(self, output: SchedulerOutput) -> StepWork:
         """The workers' work of this step, and one message to the store."""
-        self._wait_budget_s = self._config.lookup_wait
+        self._wait_budget_s = self._config.lookup_wait  # for this call and the next step's lookups
         idle = not output.total_num_scheduled_tokens
         session = self._client.session  # another thread sets it
         self._follow(session.epoch if session else None)
         self._expire_lookups()
-        self._collect(self._wait_budget_s if idle and (self._update or self._lookups) else 0.0)
+        waits = idle and (self._update or self._lookups or self._unanswered)
+        self._collect(self._wait_budget_s if waits else 0.0)
         flush = self._flush_overwritten(self._taken_blocks(output))
         self._note_scheduled(output)
         work = StepWork(self._new_loads, self._saves.dispatch(), flush, idle)
@@ -252,6 +260,8 @@ class SchedulerConnector:
                 save = Save(next(self._numbers), keys[chunk], blocks, self._epoch)
                 self._saves.want(save)
                 self._outbox.reserve.append((save.job, save.key))
+        if full // _USED_EVERY > tracked.next_save // _USED_EVERY:
+            self._outbox.used.append(tuple(keys[:full]))  # or a long prompt would push out its own head
         tracked.next_save = full
 
     def _flush_overwritten(self, taken: Iterable[int]) -> list[int]:
@@ -275,7 +285,7 @@ class SchedulerConnector:
             self._outbox.aborted.append(save.job)
         self.stats.count("lost_saves")
 
-    # --- 5. finished: the last chunk, and the books ------------------------------------------
+    # --- 5. finished: the last chunk ---------------------------------------------------------
 
     def finished(self, request: Request, blocks: list[int]) -> None:
         """The engine lets go of the request. Its blocks may be reused; their bytes stay until then."""
@@ -291,6 +301,8 @@ class SchedulerConnector:
 
     def _is_loading(self, request_id: str) -> bool:
         return any(loading.request_id == request_id for loading in self._loading.values())
+
+    # --- the workers' reports ----------------------------------------------------------------
 
     def work_done(self, done: WorkDone) -> None:
         """What the workers report."""
@@ -333,16 +345,16 @@ class SchedulerConnector:
     def _collect(self, wait_s: float, until: Lookup | Save | None = None) -> None:
         """Take in answers; wait at most `wait_s`, all calls of a step together, for the one that matters."""
         deadline = time.monotonic() + wait_s
+        came = False
         while True:
             left = deadline - time.monotonic()
-            waiting = wait_s > 0 and left > 0 and (until is None or _open(until))
+            waiting = left > 0 and (not came if until is None else _open(until))
             item = self._client.collect(left if waiting else 0.0)
             if item is None:
                 break
             session, call, answer = item
             self._answered(session.epoch, call, answer)
-            if until is None:
-                wait_s = 0.0  # something came: take what else is there, wait no more
+            came = True  # take what else is there; wait no more, unless for `until`
         if wait_s > 0:
             self._wait_budget_s = max(0.0, deadline - time.monotonic())
 
@@ -354,7 +366,7 @@ class SchedulerConnector:
             self._update = None
         if epoch != self._epoch:
             return
-        if isinstance(answer, Lost):
+        if not isinstance(answer, Updated):
             self._outbox.take_back(call)
         if isinstance(answer, Updated):
             for (job, _), grant in zip(call.reserve, answer.grants, strict=True):
@@ -365,8 +377,8 @@ class SchedulerConnector:
                     log.debug("job %d was given up meanwhile; its abort is on the way", job)
         else:
             for job, _ in call.reserve:
-                self._saves.drop(job)
-                self.stats.count("lost_saves")
+                if self._saves.drop(job):
+                    self.stats.count("lost_saves")
 
     def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
         self._unanswered.discard(call.lease)
@@ -410,7 +422,6 @@ class SchedulerConnector:
         for tracked in list(self._lookups.values()):
             if tracked.lookup and tracked.lookup.slots and tracked.lookup.posted < oldest:
                 self._release(tracked)
-                tracked.ask_again = True
 
     def _follow(self, epoch: bytes | None) -> None:
         """The books are about one store process. When another one answers, what the old one held is void."""
@@ -449,10 +460,10 @@ class SchedulerConnector:
         return leases, jobs
 
     def busy(self) -> bool:
-        """Whether the engine must keep stepping: saves, or news for the store, are under way."""
+        """Whether the engine must keep stepping: saves, news for the store, or leases that it may grant."""
         if self._client.session is None:
             return self._saves.copying > 0
-        return bool(self._saves or self._update or self._outbox)
+        return bool(self._saves or self._update or self._outbox or self._unanswered)
 
     def reset(self) -> None:
         """Forget the cache: nothing stored so far is found again by this engine.

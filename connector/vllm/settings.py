@@ -24,7 +24,7 @@ def log_like_vllm() -> None:
     """Give our log lines vLLM's handlers: its format, its level, its file."""
     ours, theirs = logging.getLogger("kvstrata"), logging.getLogger("vllm")
     if not ours.handlers:
-        ours.handlers, ours.propagate = theirs.handlers, False
+        ours.handlers, ours.propagate = list(theirs.handlers), False
         ours.setLevel(theirs.getEffectiveLevel())
 
 

@@ -1,6 +1,6 @@
 """The worker side: runs what the scheduler side planned, reports what became of it.
 
-handle_preemptions -> start_load_kv -> wait_for_save -> get_finished -> work_done, each step
+Each step: before_step, the engine's forward pass, finished_loads, take_bad_blocks, take_done.
 """
 
 from __future__ import annotations
@@ -92,18 +92,18 @@ class WorkerConnector:
         return Fence(event.cuda_event, event)
 
     def before_step(self, work: StepWork) -> None:
-        """Start saves; wait for those whose blocks this step overwrites."""
-        if self._transfer is not None:
-            if work.saves:
-                self._transfer.submit(saves=work.saves, after=self._fence())
-            self._transfer.flush(work.flush)
+        """Start copies; wait for saves whose blocks this step, or a load, overwrites.
 
-    def start_loads(self, work: StepWork) -> None:
-        """Start loads. Their requests wait outside the batch, so the step does not."""
-        for request_id, load in work.loads:
-            self._loads[load.job] = (request_id, load)
-        if self._transfer is not None and work.loads:
-            self._transfer.submit(loads=[load for _, load in work.loads], after=self._fence())
+        Loads start here and not in vLLM's own hook for it, which comes after the forward pass: their
+        requests wait outside the batch, and their blocks are nobody else's.
+        """
+        if self._transfer is None:
+            return
+        fence = self._fence() if work.saves or work.loads else None
+        self._transfer.submit(saves=work.saves, after=fence)
+        self._transfer.flush(work.flush)
+        self._loads.update((load.job, (request_id, load)) for request_id, load in work.loads)
+        self._transfer.submit(loads=[load for _, load in work.loads], after=fence)
 
     def finished_loads(self, work: StepWork) -> set[str]:
         """Requests whose load has ended, well or not."""

@@ -86,17 +86,23 @@ def test_another_model_never_hits(host: Host, tiny_model: Path, tmp_path: Path) 
 def test_prompts_that_ask_for_every_token_are_computed(host: Host) -> None:
     with host.engine() as engine:
         engine.ask(PROMPT)
+        engine.do("settle")
         assert engine.do("reset_gpu_cache")
 
         (answer,) = engine.ask(PROMPT, prompt_logprobs=1)
 
         assert answer["cached"] == 0
         assert engine.do("counters")["loaded_tokens"] == 0
+        assert engine.do("reset_gpu_cache")
+        assert engine.ask(PROMPT)[0]["cached"] == 2 * CHUNK  # it was there all the time
 
 
 def test_a_cache_reset_forgets_what_was_stored(host: Host) -> None:
     with host.engine() as engine:
         engine.ask(PROMPT)
+        engine.do("settle")
+        assert engine.do("reset_gpu_cache")
+        assert engine.ask(PROMPT)[0]["cached"] == 2 * CHUNK
         assert engine.do("reset_gpu_cache")
         assert engine.do("reset_connector_cache")
 
