@@ -1,4 +1,4 @@
-"""Copies for engines whose cache lies on a GPU: whole jobs, through staging memory, beside the engine's work."""
+"""Copies for engines whose cache lies on a GPU: whole jobs, beside the engine's own work."""
 
 from __future__ import annotations
 

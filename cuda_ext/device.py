@@ -128,7 +128,9 @@ class DevicePipe:
             raise ValueError("this engine packs its blocks in a way that no strides describe")
         held = [plane for plane, written in native_planes(layout, cache, {}) if written or not gathers]
         planes = (Plane * len(held))(*held)
-        shape = _Shape(device, SLABS, slab_bytes, layout.chunk_tokens, cache.block_tokens, layout.checksum_offset)
+        shape = _Shape(
+            device, SLABS, slab_bytes, layout.chunk_tokens, cache.block_tokens, layout.checksum_offset
+        )
         self._pipe = ctypes.c_void_p()
         error = self._library.native.kvs_pipe_open(
             ctypes.byref(shape), planes, len(held), ctypes.byref(self._pipe)
@@ -227,7 +229,9 @@ def load_device_library(path: Path | None = None) -> DeviceLibrary:
     except (OSError, AttributeError) as error:
         raise NativeLibraryError(f"{path} cannot be loaded ({error}): build it again") from error
     if found != ABI_VERSION:
-        raise NativeLibraryError(f"{path} has ABI version {found}, this kvstrata needs {ABI_VERSION}: build it again")
+        raise NativeLibraryError(
+            f"{path} has ABI version {found}, this kvstrata needs {ABI_VERSION}: build it again"
+        )
     return DeviceLibrary(native)
 
 
@@ -238,9 +242,22 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.kvs_cuda_error.restype = ctypes.c_char_p
     native.kvs_cuda_register.argtypes = [ctypes.c_int, pointer, int64]
     native.kvs_cuda_unregister.argtypes = [ctypes.c_int, pointer]
-    native.kvs_pipe_open.argtypes = [ctypes.POINTER(_Shape), ctypes.POINTER(Plane), int64, ctypes.POINTER(pointer)]
+    native.kvs_pipe_open.argtypes = [
+        ctypes.POINTER(_Shape),
+        ctypes.POINTER(Plane),
+        int64,
+        ctypes.POINTER(pointer),
+    ]
     native.kvs_pipe_close.argtypes = [pointer]
     native.kvs_pipe_close.restype = None
-    native.kvs_pipe_load.argtypes = [pointer, chunks, int64, pointer, ctypes.c_double, ctypes.POINTER(int64), flags]
+    native.kvs_pipe_load.argtypes = [
+        pointer,
+        chunks,
+        int64,
+        pointer,
+        ctypes.c_double,
+        ctypes.POINTER(int64),
+        flags,
+    ]
     native.kvs_pipe_save.argtypes = [pointer, chunks, int64, pointer, flags]
     return native

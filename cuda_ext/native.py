@@ -327,10 +327,12 @@ def check_block_ids(cache: EngineCache, blocks: int, block_ids: Sequence[int], m
         raise ValueError(f"a chunk is {blocks} engine blocks, got {len(block_ids)} block ids")
     least = NO_BLOCK if may_skip else 0
     if min(block_ids) < least or max(block_ids) >= cache.num_blocks:
-        raise ValueError(f"block ids {min(block_ids)} .. {max(block_ids)} are outside 0 .. {cache.num_blocks - 1}")
+        raise ValueError(
+            f"block ids {min(block_ids)} .. {max(block_ids)} are outside 0 .. {cache.num_blocks - 1}"
+        )
 
 
-def find_library(name: str = LIBRARY_NAME) -> Path:
+def find_library(name: str) -> Path:
     """Where the copy library lies: in the package, or where an editable install put it.
 
     Raises:
@@ -354,7 +356,7 @@ def load_library(path: Path | None = None) -> Library:
     Raises:
         NativeLibraryError: it is missing, cannot be loaded, or has another ABI version.
     """
-    path = path or find_library()
+    path = path or find_library(LIBRARY_NAME)
     try:
         native = ctypes.CDLL(str(path))
         found = native.kvs_abi_version()

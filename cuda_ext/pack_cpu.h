@@ -31,9 +31,9 @@ inline int64_t pack_row(const uint16_t* __restrict__ row, const uint8_t* __restr
     int32_t escapes = 0;
     for (int64_t d = 0; d < dim; ++d) {
         rest[d] = rest_of(row[d]);
-        // Above the base wraps to a large number: one comparison finds both kinds of escape.
-        const auto below = static_cast<uint8_t>(bases[d] - static_cast<uint8_t>(row[d] >> 7));
-        codes[d] = below < ESCAPE ? below : ESCAPE;
+        const auto exponent = static_cast<uint8_t>(row[d] >> 7);
+        const auto below = static_cast<uint8_t>(bases[d] - exponent);
+        codes[d] = exponent <= bases[d] && below < ESCAPE ? below : ESCAPE;
     }
     for (int64_t d = 0; d < dim; ++d) escapes += codes[d] == ESCAPE;
     for (int64_t d = 0; d < dim; d += 2) {

@@ -106,7 +106,9 @@ def engine_cache(
 
 def _check_tensor(spec: LayerSpec, cache: torch.Tensor, block_tokens: int) -> None:
     if cache.device.type not in ("cpu", "cuda"):
-        raise UnsupportedModel(f"layer {spec.name} keeps its KV on {cache.device}: only CPU and CUDA are known")
+        raise UnsupportedModel(
+            f"layer {spec.name} keeps its KV on {cache.device}: only CPU and CUDA are known"
+        )
     wanted = (spec.kv_heads, block_tokens, sum(spec.plane_dims))
     if tuple(cache.shape[1:]) != wanted or min(cache.stride()) < 0:
         raise UnsupportedModel(
@@ -128,7 +130,9 @@ def _probe(
     key_dim, value_dim = spec.plane_dims
     columns = key_dim + value_dim
     region = block_tokens * columns
-    scratch = torch.empty_strided((1, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device)
+    scratch = torch.empty_strided(
+        (1, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device
+    )
     scratch.zero_()
     numbers = torch.arange(region, dtype=torch.int64, device=cache.device)
     slots = torch.arange(block_tokens, dtype=torch.int64, device=cache.device)

@@ -76,7 +76,8 @@ class WorkerConnector:
             return HostCopies(CopyEngine(self._layout, cache), self._segments, slot_bytes)
         library, device = load_device_library(), self._device.index or 0
         loads, saves = (
-            DevicePipe(self._layout, cache, device, _SLAB_BYTES, gathers, library) for gathers in (False, True)
+            DevicePipe(self._layout, cache, device, _SLAB_BYTES, gathers, library)
+            for gathers in (False, True)
         )
         piece = max(1, _REGISTERED_AT_ONCE // slot_bytes) * slot_bytes
         registration = DeviceRegistration(library, device, piece)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from kvstrata.core.layout import ChunkLayout, LayerSpec, Part, PartKind
+from kvstrata.core.layout import CODEC_PACKED, CODEC_RAW, ChunkLayout, LayerSpec, Part, PartKind
 from kvstrata.cuda_ext.native import CopyEngine, EngineCache, Library, tensor_parallel_slice
 from tests.cuda_ext import engines
 from tests.cuda_ext.reference import Plane, Rank
@@ -68,10 +68,10 @@ class Slot:
 
 
 def layout_of(
-    kv_heads: int, dims: Sequence[int], dtype: str, chunk_tokens: int, layers: int = 2
+    kv_heads: int, dims: Sequence[int], dtype: str, chunk_tokens: int, layers: int = 2, codec: int = CODEC_RAW
 ) -> ChunkLayout:
     specs = tuple(LayerSpec(f"layer.{i}", kv_heads, tuple(dims), dtype) for i in range(layers))
-    return ChunkLayout(chunk_tokens, (Part(PartKind.FULL, specs),))
+    return ChunkLayout(chunk_tokens, (Part(PartKind.FULL, specs),), codec)
 
 
 def case_of(
@@ -115,7 +115,8 @@ def cases(draw: st.DrawFn) -> Case:
         parts.append(Part(PartKind.LATENT, layers))
     block_tokens = draw(st.sampled_from((1, 2, 5, 8, 16, 19, 32)))
     blocks = draw(st.integers(1, 3))
-    layout = ChunkLayout(block_tokens * blocks, tuple(parts))
+    codec = draw(st.sampled_from((CODEC_RAW, CODEC_PACKED)))
+    layout = ChunkLayout(block_tokens * blocks, tuple(parts), codec)
     heads_of_parts = {part.layers[0].kv_heads for part in parts}
     sizes = [n for n in (1, 2, 3, 4, 8) if all(h % n == 0 or n % h == 0 for h in heads_of_parts)]
     tp_size = draw(st.sampled_from(sizes))

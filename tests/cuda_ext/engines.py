@@ -26,8 +26,16 @@ class Shape:
 
 
 def noise(items: int, item_bytes: int, seed: int) -> torch.Tensor:
-    data = random.Random(seed).randbytes(items * item_bytes)
-    return torch.frombuffer(bytearray(data), dtype=INTEGERS[item_bytes])
+    """Random bits; as bf16, most lie within a few powers of two, as KV does, and some are anything."""
+    draw = random.Random(seed)
+    found = torch.frombuffer(bytearray(draw.randbytes(items * item_bytes)), dtype=INTEGERS[item_bytes])
+    if item_bytes == 2:
+        wild = [draw.randrange(items) for _ in range(items // 1000)]
+        kept = found[wild].clone()
+        found &= 0x83FF - 0x10000  # exponents 112..119
+        found |= 0x3800
+        found[wild] = kept
+    return found
 
 
 def separate_nhd(s: Shape, seed: int) -> list[Plane]:

@@ -14,6 +14,7 @@ import torch
 
 from kvstrata.core.layout import ChunkLayout, SubBlock, writer_of
 from kvstrata.cuda_ext.native import PlaneView
+from tests.cuda_ext import packing
 
 _U64 = (1 << 64) - 1
 _KEY_STEP = 0x9E3779B97F4A7C15
@@ -101,8 +102,7 @@ def gather(
     for one, plane, head in _held(layout, planes, rank):
         if writer_of(layout, rank.tp_size, one) != rank.rank:
             continue
-        rows = torch.cat([plane.rows(block, head) for block in block_ids])
-        data = rows.contiguous().view(torch.uint8).numpy().tobytes()
+        data = _stored(layout, one, torch.cat([plane.rows(block, head) for block in block_ids]))
         slot[one.offset : one.offset + one.nbytes] = data
         entry = layout.checksum_offset + 8 * one.index
         slot[entry : entry + 8] = struct.pack(
@@ -124,11 +124,34 @@ def scatter(
     for one, plane, head in _held(layout, planes, rank):
         if one.index == stop_at:
             return
-        data = slot[one.offset : one.offset + one.nbytes]
-        rows = torch.frombuffer(data, dtype=plane.storage.dtype).view(-1, plane.block_tokens, plane.dim)
+        stored = slot[one.offset : one.offset + one.nbytes]
+        if _is_packed(layout, one):
+            bits = packing.unpack(bytes(stored), layout.chunk_tokens * plane.dim, plane.dim)
+            stored = bytearray(struct.pack(f"<{len(bits)}H", *bits))
+        rows = torch.frombuffer(stored, dtype=plane.storage.dtype).view(-1, plane.block_tokens, plane.dim)
         for i, block in enumerate(block_ids):
             if block >= 0:
                 plane.write_rows(block, head, rows[i])
+
+
+class Misfit(Exception):
+    """A sub-block, given by its index, does not fit when packed."""
+
+
+def _is_packed(layout: ChunkLayout, one: SubBlock) -> bool:
+    layer = layout.parts[one.part].layers[one.layer]
+    return layout.is_packed(layer, layer.plane_dims[one.plane])
+
+
+def _stored(layout: ChunkLayout, one: SubBlock, rows: torch.Tensor) -> bytes:
+    """The bytes of a sub-block, from its rows [token][dim]."""
+    raw = rows.contiguous().view(torch.uint8).numpy().tobytes()
+    if not _is_packed(layout, one):
+        return raw
+    packed = packing.pack(struct.unpack(f"<{len(raw) // 2}H", raw), rows.shape[1])
+    if packed is None:
+        raise Misfit(one.index)
+    return packed
 
 
 def _held(
