@@ -19,6 +19,7 @@ from kvstrata.core.packing import can_pack, packed_bytes
 
 FORMAT_VERSION = 1
 ALIGNMENT = 4096  # parts and slots start on pages: direct I/O and registration need it
+SUB_BLOCK_ALIGNMENT = 16  # the width of a GPU's vector loads
 CODEC_RAW = 0
 CODEC_PACKED = 1  # bf16 exactly, in about 12 bits (core/packing.py); other dtypes stay raw beside it
 
@@ -135,7 +136,7 @@ class ChunkLayout:
                         turn = turns[layer.kv_heads] + plane
                         yield SubBlock(index, part_index, layer_index, head, plane, turn, offset, nbytes)
                         index += 1
-                        offset += nbytes
+                        offset += _round_up(nbytes, SUB_BLOCK_ALIGNMENT)
                 turns[layer.kv_heads] += len(layer.plane_dims)
 
     def is_packed(self, layer: LayerSpec, dim: int) -> bool:

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <vector>
 
@@ -36,22 +37,22 @@ struct Slab {
     cudaEvent_t free = nullptr;
 };
 
-// What one call waits for: its end, and a flag for each chunk in host memory that kernels write to.
-struct Ticket {
-    cudaEvent_t end = nullptr;
-    int64_t* flags = nullptr;
-};
-
-constexpr int64_t FLAGS = 1024;
 constexpr int SHARED_OF_KERNELS = 1024;  // more than their own variables need
 
 }  // namespace
+
+// What one job waits for: the end of what it has enqueued, and a flag for each chunk that kernels write to.
+struct kvs_ticket {
+    cudaEvent_t end = nullptr;
+    int64_t* flags = nullptr;  // in host memory
+    int64_t used = 0;
+};
 
 struct kvs_pipe {
     kvs_pipe_shape shape;
     std::vector<Piece> pieces;
     std::vector<Slab> slabs;
-    std::vector<Ticket> tickets;  // not in use
+    std::vector<kvs_ticket*> tickets;  // not in use
     kvs_plane* planes = nullptr;
     int32_t* first_of = nullptr;
     cudaStream_t copies = nullptr, kernels = nullptr;
@@ -78,30 +79,48 @@ int64_t sub_block_bytes(const kvs_plane& plane, int64_t chunk_tokens) {
     return plane.codec == KVS_PACKED ? kvs::Packed{items, plane.dim}.nbytes() : items * plane.item_bytes;
 }
 
-// Cuts the planes into pieces. A plane's bytes lie between those of the same layer's others, so planes
-// that overlap stay together.
+// Exactly the bytes of the planes' sub-blocks, joined where they touch: what lies between is others'.
+std::vector<Run> runs_of(const kvs_plane* planes, int64_t n, int64_t chunk_tokens) {
+    std::vector<Run> each, joined;
+    for (int64_t p = 0; p < n; ++p) {
+        for (int64_t h = planes[p].first_head; h < planes[p].first_head + planes[p].heads; ++h) {
+            const int64_t offset = planes[p].slot_offset + h * planes[p].slot_stride;
+            each.push_back({offset, sub_block_bytes(planes[p], chunk_tokens)});
+        }
+    }
+    std::sort(each.begin(), each.end(), [](const Run& a, const Run& b) { return a.offset < b.offset; });
+    for (const Run& run : each) {
+        if (!joined.empty() && joined.back().offset + joined.back().nbytes == run.offset) {
+            joined.back().nbytes += run.nbytes;
+        } else {
+            joined.push_back(run);
+        }
+    }
+    return joined;
+}
+
+// Cuts the planes, in slot order, into pieces of whole layers that fit in a slab, or of one that does not.
 std::vector<Piece> cut(const kvs_pipe_shape& shape, const kvs_plane* planes, int64_t n,
                        std::vector<int32_t>* first_of) {
     std::vector<Piece> pieces;
+    int64_t begin = 0, end = 0;  // of the piece, in the slot
     for (int64_t p = 0; p < n; ++p) {
         const kvs_plane& plane = planes[p];
-        const int64_t begin = plane.slot_offset + plane.first_head * plane.slot_stride;
-        const int64_t end =
-            begin + (plane.heads - 1) * plane.slot_stride + sub_block_bytes(plane, shape.chunk_tokens);
-        const bool overlaps = !pieces.empty() && begin < pieces.back().end();
-        if (pieces.empty() || (!overlaps && end - pieces.back().offset() > shape.slab_bytes)) {
+        const int64_t from = plane.slot_offset + plane.first_head * plane.slot_stride;
+        const int64_t nbytes = sub_block_bytes(plane, shape.chunk_tokens);
+        const int64_t to = from + (plane.heads - 1) * plane.slot_stride + nbytes;
+        // A layer's planes lie between each other's heads: they overlap.
+        if (pieces.empty() || (from >= end && to - begin > shape.slab_bytes)) {
             pieces.emplace_back();
             pieces.back().first_plane = static_cast<int32_t>(p);
+            begin = end = from;
         }
         Piece& piece = pieces.back();
-        if (!piece.runs.empty() && begin <= piece.end()) {
-            piece.runs.back().nbytes = std::max(end, piece.end()) - piece.runs.back().offset;
-        } else {
-            piece.runs.push_back({begin, end - begin});
-        }
-        const kvs::Packed size = {shape.chunk_tokens * int64_t{plane.dim}, plane.dim};
-        piece.stored_bytes = std::max(piece.stored_bytes, sub_block_bytes(plane, shape.chunk_tokens));
+        begin = std::min(begin, from);
+        end = std::max(end, to);
+        piece.stored_bytes = std::max(piece.stored_bytes, nbytes);
         if (plane.codec == KVS_PACKED) {
+            const kvs::Packed size = {shape.chunk_tokens * int64_t{plane.dim}, plane.dim};
             const int64_t tables = sizeof(int32_t) * (plane.dim + size.escapes_max());
             piece.unpacked_bytes = std::max(piece.unpacked_bytes, 2 * size.elements);
             piece.tables_bytes = std::max(piece.tables_bytes, tables);
@@ -109,6 +128,9 @@ std::vector<Piece> cut(const kvs_pipe_shape& shape, const kvs_plane* planes, int
         first_of->push_back(piece.sub_blocks);
         piece.planes += 1;
         piece.sub_blocks += plane.heads;
+    }
+    for (Piece& piece : pieces) {
+        piece.runs = runs_of(planes + piece.first_plane, piece.planes, shape.chunk_tokens);
     }
     return pieces;
 }
@@ -176,49 +198,35 @@ int save_piece(kvs_pipe& pipe, const Piece& piece, const kvs_chunk& chunk, int64
     return 0;
 }
 
-// Enqueues chunks until `expires`; `begun` counts them. Afterwards `end` is behind all of them.
-int enqueue(kvs_pipe& pipe, bool load, const kvs_chunk* chunks, int64_t count, cudaEvent_t after, double expires,
-            const Ticket& ticket, int64_t* begun) {
+// Enqueues chunks until `expires`; `begun` counts them.
+int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunk* chunks, int64_t count, void* after,
+            double expires, bool load, int64_t* begun) {
+    KVS_TRY(cudaSetDevice(pipe.shape.device));
     const std::lock_guard<std::mutex> lock(pipe.turn);
-    if (after != nullptr) KVS_TRY(cudaStreamWaitEvent(pipe.kernels, after, 0));
+    if (after != nullptr) KVS_TRY(cudaStreamWaitEvent(pipe.kernels, static_cast<cudaEvent_t>(after), 0));
     int error = 0;
-    for (*begun = 0; *begun < count && now_s() <= expires; ++*begun) {
-        for (const Piece& piece : pipe.pieces) {
-            int64_t* flag = ticket.flags + *begun;
-            error = load ? load_piece(pipe, piece, chunks[*begun], flag) : save_piece(pipe, piece, chunks[*begun], flag);
-            if (error != 0) break;
+    for (*begun = 0; error == 0 && *begun < count && now_s() <= expires; ++*begun) {
+        int64_t* flag = ticket.flags + ticket.used++;
+        for (size_t i = 0; error == 0 && i < pipe.pieces.size(); ++i) {
+            error = load ? load_piece(pipe, pipe.pieces[i], chunks[*begun], flag)
+                         : save_piece(pipe, pipe.pieces[i], chunks[*begun], flag);
         }
-        if (error != 0) break;
     }
     const cudaError_t marked = cudaEventRecord(ticket.end, load ? pipe.kernels : pipe.copies);
     return error != 0 ? error : static_cast<int>(marked);
 }
 
-int take_ticket(kvs_pipe& pipe, Ticket* ticket) {
-    const std::lock_guard<std::mutex> lock(pipe.drawer);
-    if (!pipe.tickets.empty()) {
-        *ticket = pipe.tickets.back();
-        pipe.tickets.pop_back();
-        return 0;
-    }
+int make_ticket(kvs_ticket* ticket) {
     KVS_TRY(cudaEventCreateWithFlags(&ticket->end, cudaEventDisableTiming | cudaEventBlockingSync));
-    KVS_TRY(cudaHostAlloc(reinterpret_cast<void**>(&ticket->flags), FLAGS * sizeof(int64_t), cudaHostAllocPortable));
+    KVS_TRY(cudaHostAlloc(reinterpret_cast<void**>(&ticket->flags), KVS_CHUNKS_MAX * sizeof(int64_t),
+                          cudaHostAllocPortable));
     return 0;
 }
 
-int run(kvs_pipe& pipe, bool load, const kvs_chunk* chunks, int64_t count, void* after, double expires,
-        int64_t* begun, int64_t* flags) {
-    KVS_TRY(cudaSetDevice(pipe.shape.device));
-    Ticket ticket;
-    if (const int error = take_ticket(pipe, &ticket)) return error;
-    std::fill_n(ticket.flags, count, KVS_ALL_GOOD);
-    const int error =
-        enqueue(pipe, load, chunks, count, static_cast<cudaEvent_t>(after), expires, ticket, begun);
-    const cudaError_t ended = cudaEventSynchronize(ticket.end);
-    std::copy_n(ticket.flags, count, flags);
-    const std::lock_guard<std::mutex> lock(pipe.drawer);
-    pipe.tickets.push_back(ticket);
-    return error != 0 ? error : static_cast<int>(ended);
+void end_ticket(kvs_ticket* ticket) {
+    if (ticket->end != nullptr) cudaEventDestroy(ticket->end);
+    cudaFreeHost(ticket->flags);
+    delete ticket;
 }
 
 int open_pipe(kvs_pipe& pipe, const kvs_plane* planes, int64_t n_planes) {
@@ -273,10 +281,7 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
         if (slab.filled != nullptr) cudaEventDestroy(slab.filled);
         if (slab.free != nullptr) cudaEventDestroy(slab.free);
     }
-    for (const Ticket& ticket : pipe->tickets) {
-        cudaEventDestroy(ticket.end);
-        cudaFreeHost(ticket.flags);
-    }
+    for (kvs_ticket* ticket : pipe->tickets) end_ticket(ticket);
     cudaFree(pipe->planes);
     cudaFree(pipe->first_of);
     if (pipe->copies != nullptr) cudaStreamDestroy(pipe->copies);
@@ -284,14 +289,41 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
     delete pipe;
 }
 
-int kvs_pipe_load(kvs_pipe* pipe, const kvs_chunk* chunks, int64_t count, void* after, double expires,
-                  int64_t* begun, int64_t* flags) noexcept {
-    return run(*pipe, true, chunks, count, after, expires, begun, flags);
+int kvs_pipe_begin(kvs_pipe* pipe, kvs_ticket** ticket) noexcept {
+    KVS_TRY(cudaSetDevice(pipe->shape.device));
+    const std::lock_guard<std::mutex> lock(pipe->drawer);
+    if (pipe->tickets.empty()) {
+        *ticket = new kvs_ticket;
+        if (const int error = make_ticket(*ticket)) {
+            end_ticket(*ticket);
+            return error;
+        }
+    } else {
+        *ticket = pipe->tickets.back();
+        pipe->tickets.pop_back();
+    }
+    (*ticket)->used = 0;
+    std::fill_n((*ticket)->flags, KVS_CHUNKS_MAX, KVS_ALL_GOOD);
+    return 0;
 }
 
-int kvs_pipe_save(kvs_pipe* pipe, const kvs_chunk* chunks, int64_t count, void* after, int64_t* flags) noexcept {
+int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count, void* after,
+                  double expires, int64_t* begun) noexcept {
+    return enqueue(*pipe, *ticket, chunks, count, after, expires, true, begun);
+}
+
+int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count,
+                  void* after) noexcept {
     int64_t begun;
-    return run(*pipe, false, chunks, count, after, 1e300, &begun, flags);
+    return enqueue(*pipe, *ticket, chunks, count, after, std::numeric_limits<double>::infinity(), false, &begun);
+}
+
+int kvs_pipe_end(kvs_pipe* pipe, kvs_ticket* ticket, int64_t* flags) noexcept {
+    const cudaError_t ended = cudaEventSynchronize(ticket->end);
+    std::copy_n(ticket->flags, ticket->used, flags);
+    const std::lock_guard<std::mutex> lock(pipe->drawer);
+    pipe->tickets.push_back(ticket);
+    return static_cast<int>(ended);
 }
 
 int kvs_cuda_register(int device, void* memory, int64_t nbytes) noexcept {

@@ -7,7 +7,7 @@ Whole jobs cross into C at once and release the GIL, so that a busy engine does 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from kvstrata.cuda_ext.native import (
 
 LIBRARY_NAME = "_kvstrata_cuda.so"
 BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
-CHUNKS_MAX = 1024  # a call
+CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
+_PART = 16  # chunks
 SLABS = 3  # one fills, one is copied, one drains
 _ALL_GOOD = -1
 
@@ -150,34 +151,25 @@ class DevicePipe:
             DeviceError: CUDA failed; nothing can be said about the blocks.
             ValueError: a block id outside the cache, or a wrong number of them.
         """
-        done = 0
-        for begin in range(0, len(chunks), CHUNKS_MAX):
-            part = chunks[begin : begin + CHUNKS_MAX]
-            good, mismatch = self._load(part, after, expires)
-            done += good
-            if mismatch is not None or good < len(part):
-                return done, mismatch
-        return done, None
-
-    def _load(self, chunks: Sequence[Chunk], after: int, expires: float) -> tuple[int, ChunkMismatch | None]:
         mismatch: ChunkMismatch | None = None
+        with _Job(self._library, self._pipe) as job:
+            for part in _parts(chunks):
+                good, mismatch = self._with_headers(part)
+                if not job.load(self._native(good, may_skip=True), after, expires) or mismatch:
+                    break
+        for index, flag in enumerate(job.flags):
+            if flag != _ALL_GOOD:
+                return index, ChecksumMismatch(flag)
+        return len(job.flags), mismatch
+
+    def _with_headers(self, chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], ChunkMismatch | None]:
+        """The chunks up to the first whose slot holds something else."""
         for index, chunk in enumerate(chunks):
             try:
                 compare_header(chunk.slot_address, self.layout, chunk.key)
             except ChunkMismatch as error:
-                chunks, mismatch = chunks[:index], error
-                break
-        native, flags = self._native(chunks, may_skip=True)
-        begun = ctypes.c_int64()
-        self._library.check(
-            self._library.native.kvs_pipe_load(
-                self._pipe, native, len(chunks), after or None, expires, ctypes.byref(begun), flags
-            )
-        )
-        for index in range(begun.value):
-            if flags[index] != _ALL_GOOD:
-                return index, ChecksumMismatch(flags[index])
-        return begun.value, mismatch if begun.value == len(chunks) else None
+                return chunks[:index], error
+        return chunks, None
 
     def save(self, chunks: Sequence[Chunk], after: int) -> list[DoesNotFit | None]:
         """Blocks -> slots, behind the CUDA event `after` (0: none); for each chunk why it is not stored.
@@ -186,12 +178,11 @@ class DevicePipe:
             DeviceError: CUDA failed; the slots hold no chunks.
             ValueError: a block id outside the cache, or a wrong number of them.
         """
-        native, flags = self._native(chunks, may_skip=False)
-        self._library.check(
-            self._library.native.kvs_pipe_save(self._pipe, native, len(chunks), after or None, flags)
-        )
+        with _Job(self._library, self._pipe) as job:
+            for part in _parts(chunks):
+                job.save(self._native(part, may_skip=False), after)
         outcome: list[DoesNotFit | None] = []
-        for chunk, flag in zip(chunks, flags, strict=True):
+        for chunk, flag in zip(chunks, job.flags, strict=True):
             if flag == _ALL_GOOD:
                 header = header_of(self.layout, chunk.key)
                 ctypes.memmove(chunk.slot_address, header, len(header))
@@ -204,16 +195,67 @@ class DevicePipe:
             self._library.native.kvs_pipe_close(self._pipe)
             self._pipe = ctypes.c_void_p()
 
-    def _native(
-        self, chunks: Sequence[Chunk], may_skip: bool
-    ) -> tuple[ctypes.Array[_Chunk], ctypes.Array[ctypes.c_int64]]:
+    def _native(self, chunks: Sequence[Chunk], may_skip: bool) -> ctypes.Array[_Chunk]:
         native = (_Chunk * len(chunks))()
         for one, chunk in zip(native, chunks, strict=True):
             check_block_ids(self.cache, self._blocks, chunk.block_ids, may_skip)
             one.slot = chunk.slot_address
             one.block_ids = (ctypes.c_int32 * self._blocks)(*chunk.block_ids)
             one.seed = seed_of(chunk.key)
-        return native, (ctypes.c_int64 * len(chunks))()
+        return native
+
+
+def _parts(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+    """A job's chunks in parts, so that a part is copied while the next is made ready.
+
+    Raises:
+        ValueError: more chunks than a job may have.
+    """
+    if len(chunks) > CHUNKS_MAX:
+        raise ValueError(f"a job of {len(chunks)} chunks; at most {CHUNKS_MAX}")
+    for begin in range(0, len(chunks), _PART):
+        yield chunks[begin : begin + _PART]
+
+
+class _Job:
+    """kvs_ticket: however the `with` ends, all that was enqueued is over afterwards.
+
+    `flags` are then those of the chunks that were begun.
+    """
+
+    def __init__(self, library: DeviceLibrary, pipe: ctypes.c_void_p) -> None:
+        self._library, self._pipe = library, pipe
+        self._ticket = ctypes.c_void_p()
+        self._begun = 0
+        self.flags: list[int] = []
+
+    def __enter__(self) -> _Job:
+        self._library.check(self._library.native.kvs_pipe_begin(self._pipe, ctypes.byref(self._ticket)))
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        flags = (ctypes.c_int64 * CHUNKS_MAX)()
+        error = self._library.native.kvs_pipe_end(self._pipe, self._ticket, flags)
+        if kind is None:
+            self._library.check(error)
+            self.flags = flags[: self._begun]
+
+    def load(self, chunks: ctypes.Array[_Chunk], after: int, expires: float) -> bool:
+        """Whether all of them were begun in time."""
+        begun = ctypes.c_int64()
+        self._library.check(
+            self._library.native.kvs_pipe_load(
+                self._pipe, self._ticket, chunks, len(chunks), after or None, expires, ctypes.byref(begun)
+            )
+        )
+        self._begun += begun.value
+        return begun.value == len(chunks)
+
+    def save(self, chunks: ctypes.Array[_Chunk], after: int) -> None:
+        self._library.check(
+            self._library.native.kvs_pipe_save(self._pipe, self._ticket, chunks, len(chunks), after or None)
+        )
+        self._begun += len(chunks)
 
 
 def load_device_library(path: Path | None = None) -> DeviceLibrary:
@@ -250,14 +292,10 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     ]
     native.kvs_pipe_close.argtypes = [pointer]
     native.kvs_pipe_close.restype = None
+    native.kvs_pipe_begin.argtypes = [pointer, ctypes.POINTER(pointer)]
     native.kvs_pipe_load.argtypes = [
-        pointer,
-        chunks,
-        int64,
-        pointer,
-        ctypes.c_double,
-        ctypes.POINTER(int64),
-        flags,
-    ]
-    native.kvs_pipe_save.argtypes = [pointer, chunks, int64, pointer, flags]
+        pointer, pointer, chunks, int64, pointer, ctypes.c_double, ctypes.POINTER(int64),
+    ]  # fmt: skip
+    native.kvs_pipe_save.argtypes = [pointer, pointer, chunks, int64, pointer]
+    native.kvs_pipe_end.argtypes = [pointer, pointer, flags]
     return native

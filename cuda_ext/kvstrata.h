@@ -12,6 +12,7 @@
 #define KVS_ABI_VERSION 3
 #define KVS_ALL_GOOD (-1)
 #define KVS_NO_BLOCK (-1)
+#define KVS_CHUNKS_MAX 1024 /* a job */
 #define KVS_BLOCKS_MAX 256 /* engine blocks a chunk, on a GPU: they travel as a kernel's argument */
 #define KVS_RAW 0
 #define KVS_PACKED 1 /* pack.h; 2-byte items only */
@@ -33,6 +34,7 @@ extern "C" {
  * table[token * dim + d] is the element's offset, in elements, inside its (block, head) region.
  *
  * `slot_*` and `checksum_*` are those of the model's head 0; local head h is model head first_head + h.
+ * On a GPU, `slot_offset` and `slot_stride` are multiples of 16.
  */
 typedef struct kvs_plane {
     uint8_t* base;
@@ -89,6 +91,7 @@ KVS_API int64_t kvs_verify(const uint8_t* slot, const kvs_sub_block* sub_blocks,
 /* --- the GPU library, which has state: a pipe owns staging memory, streams and events ------------- */
 
 typedef struct kvs_pipe kvs_pipe;
+typedef struct kvs_ticket kvs_ticket;
 
 typedef struct kvs_pipe_shape {
     int32_t device;
@@ -116,17 +119,23 @@ KVS_API int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plane* planes, 
                           kvs_pipe** pipe) KVS_NOEXCEPT;
 KVS_API void kvs_pipe_close(kvs_pipe* pipe) KVS_NOEXCEPT;
 
-/* Slots -> blocks, behind the event `after` (or NULL); returns when the last chunk is there. No chunk is
- * begun past `expires` (monotonic seconds); `begun` says how many were. At most 1024 chunks a call.
- * flags[i] is KVS_ALL_GOOD, or the index of a sub-block of chunk i that did not match: nothing of that
- * sub-block was written, others of the chunk were. */
-KVS_API int kvs_pipe_load(kvs_pipe* pipe, const kvs_chunk* chunks, int64_t count, void* after, double expires,
-                          int64_t* begun, int64_t* flags) KVS_NOEXCEPT;
+/* A job: begin, any number of calls that enqueue (KVS_CHUNKS_MAX chunks in all), end. Every job that has
+ * begun must end, whatever failed in between; each is one thread's own. */
+KVS_API int kvs_pipe_begin(kvs_pipe* pipe, kvs_ticket** ticket) KVS_NOEXCEPT;
 
-/* Blocks -> slots; as above. flags[i] is KVS_ALL_GOOD, or the index of a sub-block that does not fit
- * when packed: the slot then holds no chunk. */
-KVS_API int kvs_pipe_save(kvs_pipe* pipe, const kvs_chunk* chunks, int64_t count, void* after,
-                          int64_t* flags) KVS_NOEXCEPT;
+/* Enqueues slots -> blocks, behind the event `after` (or NULL); waits only for staging memory. No chunk is
+ * begun past `expires` (monotonic seconds); `begun` says how many were. */
+KVS_API int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count,
+                          void* after, double expires, int64_t* begun) KVS_NOEXCEPT;
+
+/* Enqueues blocks -> slots; as above. */
+KVS_API int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count,
+                          void* after) KVS_NOEXCEPT;
+
+/* Waits for all that the job has enqueued. flags[i], for the i-th chunk begun, is KVS_ALL_GOOD or the
+ * index of a sub-block: of a load, one that did not match (nothing of it was written, others of its chunk
+ * were); of a save, one that does not fit when packed (the slot then holds no chunk). */
+KVS_API int kvs_pipe_end(kvs_pipe* pipe, kvs_ticket* ticket, int64_t* flags) KVS_NOEXCEPT;
 
 #ifdef __cplusplus
 }

@@ -26,15 +26,14 @@ class Shape:
 
 
 def noise(items: int, item_bytes: int, seed: int) -> torch.Tensor:
-    """Random bits; as bf16, most lie within a few powers of two, as KV does, and some are anything."""
+    """Random bits. As bf16, nearly all lie within a few powers of two, as KV does; some are far below, or NaN."""
     draw = random.Random(seed)
     found = torch.frombuffer(bytearray(draw.randbytes(items * item_bytes)), dtype=INTEGERS[item_bytes])
     if item_bytes == 2:
-        wild = [draw.randrange(items) for _ in range(items // 1000)]
-        kept = found[wild].clone()
         found &= 0x83FF - 0x10000  # exponents 112..119
         found |= 0x3800
-        found[wild] = kept
+        for _ in range(items // 1000):
+            found[draw.randrange(items)] = draw.choice((draw.randrange(0x3800), 0x7F80, -128, 0x7FC1))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -227,8 +228,6 @@ def test_a_copy_waits_for_the_engines_event(serving: Serving) -> None:
 
 @codecs
 def test_both_ways_at_once(device: DeviceLibrary, codec: int) -> None:
-    import threading
-
     one, other = Serving(device, codec), Serving(device, codec)
     one.save.save(one.chunks, 0)
     one.poison()
@@ -270,7 +269,7 @@ class TestRefusals:
         layout = layout_of(8, (128, 128), "bfloat16", 4096, layers=1)
         views = (PlaneView(0, 0, 0, 256, 2),) * 2
         free, _ = torch.cuda.mem_get_info()
-        hog = torch.empty(free - (64 << 20), dtype=torch.uint8, device="cuda")
+        hog = torch.empty(free - (16 << 20), dtype=torch.uint8, device="cuda")
         with pytest.raises(DeviceError, match="out of memory"):
             DevicePipe(layout, EngineCache(16, 10, views), 0, 1 << 30, True, device)
         del hog
