@@ -36,6 +36,7 @@ from kvstrata.core.events import (
 from kvstrata.core.policy import POLICIES
 from kvstrata.core.slots import Slot, SlotAllocator
 
+_AHEAD_SEGMENTS = 1.5  # an engine can fill a segment in less time than the next takes to make
 _GROWTH_RETRY_S = 30.0  # after a segment could not be made: memory comes and goes
 
 
@@ -235,7 +236,7 @@ class Planner:
     def _grow(self, slot_bytes: int, now: float) -> list[Action]:
         """Ask for the next segment while the last one still has room, so that nobody waits for it."""
         free_bytes = self.slots.free_slots(slot_bytes) * slot_bytes
-        if self._growing or free_bytes > self.limits.segment_bytes // 2:
+        if self._growing or free_bytes > _AHEAD_SEGMENTS * self.limits.segment_bytes:
             return []
         nbytes = min(max(self.limits.segment_bytes, slot_bytes), self.limits.pool_bytes - self.pool_bytes)
         if nbytes >= slot_bytes and now >= self._grow_again_at:

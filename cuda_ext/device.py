@@ -32,7 +32,7 @@ from kvstrata.cuda_ext.native import (
 LIBRARY_NAME = "_kvstrata_cuda.so"
 BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
 CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
-_PART = 16  # chunks
+_FIRST_PART = 12  # chunks: some milliseconds
 SLABS = 3  # one fills, one is copied, one drains
 _ALL_GOOD = -1
 
@@ -206,15 +206,18 @@ class DevicePipe:
 
 
 def _parts(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
-    """A job's chunks in parts, so that a part is copied while the next is made ready.
+    """A job's chunks in two parts, so that the first is copied while the rest is made ready.
+
+    Not in more: each return to Python may wait milliseconds for a busy engine to let go of the GIL.
 
     Raises:
         ValueError: more chunks than a job may have.
     """
     if len(chunks) > CHUNKS_MAX:
         raise ValueError(f"a job of {len(chunks)} chunks; at most {CHUNKS_MAX}")
-    for begin in range(0, len(chunks), _PART):
-        yield chunks[begin : begin + _PART]
+    yield chunks[:_FIRST_PART]
+    if len(chunks) > _FIRST_PART:
+        yield chunks[_FIRST_PART:]
 
 
 class _Job:
