@@ -90,6 +90,14 @@ class SegmentRegistered:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerDisconnected:
+    """A worker's connection ended, and with it its mappings: a new connection registers all segments anew."""
+
+    client: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -104,6 +112,7 @@ Event = (
     | SegmentAdded
     | GrowthFailed
     | SegmentRegistered
+    | WorkerDisconnected
     | Tick
 )
 

@@ -32,6 +32,7 @@ from kvstrata.core.events import (
     Update,
     Updated,
     Why,
+    WorkerDisconnected,
 )
 from kvstrata.core.policy import POLICIES
 from kvstrata.core.slots import Slot, SlotAllocator
@@ -110,6 +111,8 @@ class Planner:
                 self.slots.add(event.segment, event.nbytes, event.slot_bytes)
             case SegmentRegistered():
                 self._register(event)
+            case WorkerDisconnected():
+                self._unregister(event)
             case GrowthFailed():
                 self._growing, self._grow_again_at = False, now + _GROWTH_RETRY_S
             case ClientStopped():
@@ -139,7 +142,7 @@ class Planner:
         found = self.catalogue.match(event.keys)
         following = self.catalogue.get(event.keys[len(found)]) if len(found) < len(event.keys) else None
         reachable = tuple(itertools.takewhile(client.can_reach, found))
-        entries = self._leasable(client, reachable)
+        entries = self._leasable(reachable)
         if reachable and not entries:
             return [Refused(Why.BUSY)]
         if entries:
@@ -149,11 +152,11 @@ class Planner:
             self.counters["hit_chunks"] += len(entries)
         return [Matched(tuple(entry.slot for entry in entries), being_written=following is not None)]
 
-    def _leasable(self, client: Client, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    def _leasable(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         """The prefix of `entries` that keeps the leased share of the pool within its limit."""
-        room = self._share(self.limits.leased_share_max, client) - self.catalogue.being_read
+        room = self.limits.leased_share_max * self.limits.pool_bytes - self.catalogue.bytes_being_read
         for index, entry in enumerate(entries):
-            room -= not entry.readers
+            room -= 0 if entry.readers else entry.slot.nbytes
             if room < 0:
                 return entries[:index]
         return entries
@@ -272,9 +275,12 @@ class Planner:
         if len(ranks) >= client.workers:
             client.usable.add(event.segment)
 
-    def _share(self, share: float, client: Client) -> float:
-        """`share` of the pool in slots of this client's size."""
-        return share * self.limits.pool_bytes / client.slot_bytes
+    def _unregister(self, event: WorkerDisconnected) -> None:
+        if client := self.clients.get(event.client):
+            for segment, ranks in client.registered.items():
+                if event.rank in ranks:
+                    ranks.remove(event.rank)
+                    client.usable.discard(segment)
 
     # --- clients ----------------------------------------------------------------------------
 
@@ -298,7 +304,8 @@ class Planner:
         """Why `client` may not be given anything now."""
         if client.stopped:
             return Why.STOPPED
-        if self.overdue_slots(client) > self._share(self.limits.quarantine_share_max, client):
+        overdue_bytes = self.overdue_slots(client) * client.slot_bytes
+        if overdue_bytes > self.limits.quarantine_share_max * self.limits.pool_bytes:
             return Why.QUARANTINE
         return None
 
@@ -325,5 +332,6 @@ class Planner:
                     self.catalogue.move(claim.entries[0], Cause.OVERDUE)
 
     def overdue_slots(self, client: Client) -> int:
+        """How many slots, all of the client's size, its overdue claims hold."""
         claims = (*client.leases.values(), *client.jobs.values())
         return len({id(entry) for claim in claims if claim.overdue for entry in claim.entries})

@@ -52,7 +52,8 @@ class PlaneView:
 
     The element for (block, head, token in block, dim) lies at `pointer` plus each index times its
     stride, in bytes. With a `table`, the last two terms are replaced: native int32
-    `table[token * dim + d]` is the offset in elements inside the (block, head) region.
+    `table[token * dim + d]` is the offset in elements inside the (block, head) region, which is as
+    large as the strides of block and head leave room for.
     """
 
     pointer: int
@@ -264,7 +265,7 @@ class CopyEngine:
             stride_head=view.stride_head,
             stride_token=view.stride_token,
             stride_dim=view.stride_dim,
-            table=self._table_address(view, dim),
+            table=self._table_address(view, heads.count, dim, item_bytes),
             heads=heads.count,
             first_head=heads.first,
             dim=dim,
@@ -275,18 +276,23 @@ class CopyEngine:
             checksum_stride=(last.index - first.index) // steps,
         )
 
-    def _table_address(self, view: PlaneView, dim: int) -> int | None:
+    def _table_address(self, view: PlaneView, heads: int, dim: int, item_bytes: int) -> int | None:
         """The address of this engine's own copy of `view.table`, one for all planes that share it."""
         if view.table is None:
             return None
         wanted = self.cache.block_tokens * dim * ctypes.sizeof(ctypes.c_int32)
         if len(view.table) != wanted:
             raise ValueError(f"a plane's table has {len(view.table)} bytes, its blocks need {wanted}")
+        entries = memoryview(view.table).cast("i")
         if view.table not in self._tables:
-            entries = memoryview(view.table).cast("i")
             if min(entries) < 0 or len(set(entries)) != len(entries):
                 raise ValueError("a plane's table has negative or repeated offsets")
             self._tables[view.table] = ctypes.create_string_buffer(view.table, len(view.table))
+        # Where the memory ends is not said, but no region reaches beyond the last stride of the outer axis.
+        block, head = abs(view.stride_block), abs(view.stride_head)
+        end = (self.cache.num_blocks - 1) * block + (heads - 1) * head + (max(entries) + 1) * item_bytes
+        if end > max(self.cache.num_blocks * block, heads * head):
+            raise ValueError(f"a plane's table has the offset {max(entries)}, outside its strides' region")
         return ctypes.addressof(self._tables[view.table])
 
 

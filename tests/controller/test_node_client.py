@@ -296,12 +296,13 @@ def test_what_is_no_offer_is_passed_over(worker: Worker, memory: int) -> None:
     assert [worker.mapping(number) is not None for number in range(4)] == [False, False, False, True]
 
 
-def test_a_segment_that_cannot_be_mapped_is_not_registered(worker: Worker, memory: int) -> None:
+def test_a_segment_that_cannot_be_mapped_is_called_unusable(worker: Worker, memory: int) -> None:
     reading, writing = os.pipe()
     worker.offer(segment(1), reading)
-    worker.offer(segment(2), memory)
-    assert worker.said() == {"registered": 2}
+    assert worker.said() == {"unusable": 1}
     assert worker.mapping(1) is None
+    worker.offer(segment(1), memory)
+    assert worker.said() == {"registered": 1}
     os.close(reading)
     os.close(writing)
 
@@ -327,6 +328,7 @@ def test_a_segment_that_the_device_refuses_is_neither_registered_nor_kept(
     worker.offer(segment(1, nbytes=2048), memory)
     worker.offer(segment(2), memory)
     try:
+        assert worker.said() == {"unusable": 1}
         assert worker.said() == {"registered": 2}
         assert worker.mapping(1) is None
         assert mappings(memory) == [worker.mapping(2)]

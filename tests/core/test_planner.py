@@ -17,6 +17,7 @@ from kvstrata.core.events import (
     Update,
     Updated,
     Why,
+    WorkerDisconnected,
 )
 from kvstrata.core.planner import Limits, Planner
 from kvstrata.core.slots import Slot
@@ -154,6 +155,19 @@ def test_what_is_leased_already_may_be_leased_by_all(store: Store, engine: Engin
     assert len(other.match(7)) == 1
 
 
+def test_leases_of_all_slot_sizes_share_one_limit() -> None:
+    store = Store(slots=16, per_segment=8)  # of which twelve may be leased
+    small, large = store.engine("small"), store.engine("large", slot_bytes=4 * SLOT)
+    small.save(*range(1, 9))
+    large.save(101, 102)
+    assert len(small.match(*range(1, 9))) == 8
+    assert len(large.match(101, 102)) == 1, "a large slot is four small ones"
+    for engine in (small, large):
+        engine.tell(released=tuple(engine.leases))
+    assert len(large.match(101, 102)) == 2
+    assert len(small.match(*range(1, 9))) == 4, "two large slots are eight small ones"
+
+
 # ------------------------------------------------------------------------------- segments and their workers
 
 
@@ -187,6 +201,31 @@ def test_a_match_ends_where_a_rank_has_not_mapped_the_segment(store: Store, engi
     other.open()
     store.step(SegmentRegistered("other", 0, 0))
     assert len(other.match(1, 2, 3, 4, 5)) == 4
+
+
+def test_nothing_is_granted_from_what_a_returning_worker_has_not_mapped_again(store: Store) -> None:
+    engine = store.engine(workers=2)
+    engine.save(1, 2, 3, 4)
+    engine.save(5)
+    engine.stop()
+    store.step(WorkerDisconnected("engine", 1))
+    engine.resume()
+    assert engine.reserve(6) == [Why.NOT_READY]
+    assert engine.match(1) == []
+    store.step(SegmentRegistered("engine", 1, 1))
+    assert [slot.segment for slot in engine.reserve(6) if isinstance(slot, Slot)] == [1]
+    assert (len(engine.match(1)), len(engine.match(5))) == (0, 1)
+    store.step(SegmentRegistered("engine", 1, 0))
+    assert len(engine.match(1, 2, 3, 4, 5)) == 5
+
+
+def test_a_worker_takes_nothing_of_another_with_it(store: Store, engine: Engine) -> None:
+    engine.save(1)
+    other = store.engine("other")
+    for name, rank in (("other", 0), ("engine", 1), ("engine", -1), ("stranger", 0)):
+        store.step(WorkerDisconnected(name, rank))
+    assert len(engine.match(1)) == 1
+    assert other.reserve(2) == [Why.NOT_READY]
 
 
 def test_the_pool_grows_before_it_is_needed(store: Store, engine: Engine) -> None:
