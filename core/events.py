@@ -124,7 +124,7 @@ class Why(enum.Enum):
 
     EXISTS = "exists"  # somebody has written, or is writing, this chunk
     FULL = "full"  # no free slot and nothing that may be evicted
-    NOT_READY = "not_ready"  # the client's workers have not registered a segment yet
+    NOT_READY = "not_ready"  # the pool is growing, or the client's workers are mapping it: ask again soon
     STALE = "stale"  # a later request of this client was answered already
     UNKNOWN_CLIENT = "unknown_client"
     STOPPED = "stopped"  # the client's connection ended
