@@ -22,6 +22,11 @@ _USED_MAX = 64
 _USED_KEYS_MAX = 32768
 
 
+# A save that found the pool growing asks again so often, and gives up after so long, in seconds.
+_ASK_EVERY_S = 0.05
+_PATIENCE_S = 5.0
+
+
 class Stage(enum.Enum):
     WANTED = "wanted"  # a slot was asked for
     GRANTED = "granted"  # it has a slot, the workers do not know yet
@@ -41,6 +46,7 @@ class Save:
     slot: Slot | None = None
     ranks_ended: int = 0
     failed: bool = False  # some rank could not write its part
+    postponed_since: float | None = None  # monotonic seconds; None: it was not
 
 
 class SaveBook:
@@ -51,6 +57,8 @@ class SaveBook:
         self._keys: set[bytes] = set()
         self._granted: list[Save] = []
         self._by_block: dict[int, set[int]] = {}
+        self.postponed: list[int] = []  # jobs that ask for a slot again once the pool has grown
+        self._ask_at = 0.0
 
     def __len__(self) -> int:
         return len(self.saves)
@@ -92,6 +100,26 @@ class SaveBook:
             if not jobs:
                 del self._by_block[block]
         return save
+
+    def postpone(self, job: int, now: float) -> bool:
+        """The pool is growing: ask again soon. False: the save is gone, or has waited for long enough."""
+        save = self.saves.get(job)
+        if save is None:
+            return False
+        if save.postponed_since is None:
+            save.postponed_since = now
+        if now - save.postponed_since > _PATIENCE_S:
+            return False
+        self.postponed.append(job)
+        return True
+
+    def ask_again(self, now: float) -> list[Save]:
+        """Postponed saves, every now and then."""
+        if not self.postponed or now < self._ask_at:
+            return []
+        self._ask_at = now + _ASK_EVERY_S
+        jobs, self.postponed = self.postponed, []
+        return [self.saves[job] for job in jobs if job in self.saves]
 
     def dispatch(self) -> list[SaveJob]:
         """Granted saves, for the workers; from now on only they can end them."""

@@ -4,6 +4,7 @@ client -> store   {"hello": {...}} + pidfd of the client     who I am; this desc
 store  -> client  {"welcome": {"epoch": hex}}
 store  -> worker  {"segment": {"id": n, "nbytes": n}} + memfd
 worker -> store   {"registered": n}                           mapped, and registered with the device
+worker -> store   {"unusable": n}                             could not be; offer it again later
 client -> store   {"bye": true}                               all my copies are done
 
 The connection is the client's life: when it ends the store grants nothing more, and when the

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvstrata.core.catalogue import State
+from kvstrata.core.catalogue import Entry, State
 from kvstrata.core.planner import Planner
 
 
 def audit(planner: Planner) -> list[str]:
     """Every contradiction in the books of a node store, as sentences; empty when they are right."""
-    return [*_slots(planner), *_claims(planner), *_clients(planner)]
+    return [*_slots(planner), *_claims(planner), *_orders(planner), *_clients(planner)]
 
 
 def _slots(planner: Planner) -> list[str]:
@@ -48,7 +48,7 @@ def _claims(planner: Planner) -> list[str]:
         for claim in client.jobs.values():
             writers.update(id(entry) for entry in claim.entries)
     for entry in planner.catalogue:
-        name = f"chunk {entry.key.hex()[:16]} ({entry.state.value})"
+        name = _name(entry)
         if entry.readers != readers[id(entry)]:
             problems.append(
                 f"{name} counts {entry.readers} readers, leases name it {readers[id(entry)]} times"
@@ -58,7 +58,23 @@ def _claims(planner: Planner) -> list[str]:
             problems.append(f"{name} has {writers[id(entry)]} writers, should have {wanted}")
         if entry.state is State.EVICTING and not entry.readers:
             problems.append(f"{name} waits for readers that do not exist")
+    read = sum(entry.slot.nbytes for entry in planner.catalogue if entry.readers)
+    if read != planner.catalogue.bytes_being_read:
+        problems.append(f"{read} bytes are being read, {planner.catalogue.bytes_being_read} in the books")
     return problems
+
+
+def _orders(planner: Planner) -> list[str]:
+    """What is READY may be evicted, so it is in the order of its slot size; nothing else is in any."""
+    problems = []
+    missing = {(e.slot.nbytes, e.key): e for e in planner.catalogue if e.state is State.READY}
+    for slot_bytes, order in planner.catalogue.orders():
+        problems += [
+            f"the eviction order of {slot_bytes}-byte slots has chunk {key.hex()[:16]}, not ready there"
+            for key in order
+            if missing.pop((slot_bytes, key), None) is None
+        ]
+    return problems + [f"{_name(entry)} is not in its eviction order" for entry in missing.values()]
 
 
 def _clients(planner: Planner) -> list[str]:
@@ -76,3 +92,7 @@ def _clients(planner: Planner) -> list[str]:
                     f"engine {client.id} knows of {believed} {name}, the store holds {held} for it"
                 )
     return problems
+
+
+def _name(entry: Entry) -> str:
+    return f"chunk {entry.key.hex()[:16]} ({entry.state.value})"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvstrata.core.policy import EvictionPolicy
 from kvstrata.core.slots import Slot
@@ -81,7 +81,7 @@ class Catalogue:
         self._hidden: set[Entry] = set()  # EVICTING and QUARANTINED: their keys may be written anew
         self._orders: defaultdict[int, EvictionPolicy] = defaultdict(new_policy)  # by bytes a slot
         self._on_free = on_free
-        self.being_read = 0  # entries with at least one reader
+        self.bytes_being_read = 0  # in slots of all sizes with at least one reader
 
     def __len__(self) -> int:
         return len(self._visible) + len(self._hidden)
@@ -117,7 +117,8 @@ class Catalogue:
         for entry in entries:
             if entry.state is not State.READY:
                 raise ValueError(f"chunk {entry.key.hex()[:16]} is {entry.state.value}, not ready")
-            self.being_read += not entry.readers
+            if not entry.readers:
+                self.bytes_being_read += entry.slot.nbytes
             entry.readers += 1
         if entries:
             self.touch(entries[0].slot.nbytes, [entry.key for entry in entries])
@@ -132,9 +133,10 @@ class Catalogue:
         """One reader less on each of `entries`."""
         for entry in entries:
             entry.readers -= 1
-            self.being_read -= not entry.readers
-            if entry.state is State.EVICTING and not entry.readers:
-                self.move(entry, Cause.DRAINED)
+            if not entry.readers:
+                self.bytes_being_read -= entry.slot.nbytes
+                if entry.state is State.EVICTING:
+                    self.move(entry, Cause.DRAINED)
 
     def drop(self, entry: Entry) -> None:
         """Take a READY entry out of sight; its slot is free once its last reader lets go."""
@@ -161,6 +163,10 @@ class Catalogue:
             self._orders[entry.slot.nbytes].admit(entry.key)
         else:
             self._hidden.add(entry)
+
+    def orders(self) -> Iterator[tuple[int, Iterable[bytes]]]:
+        """The keys in the eviction order of each slot size. For the audit."""
+        yield from self._orders.items()
 
     def victims(
         self, slot_bytes: int, now: float, wanted: int, usable: Callable[[Entry], bool] = lambda _: True

@@ -90,6 +90,14 @@ class SegmentRegistered:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerDisconnected:
+    """A worker's connection ended, and with it its mappings: a new connection registers all segments anew."""
+
+    client: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -104,6 +112,7 @@ Event = (
     | SegmentAdded
     | GrowthFailed
     | SegmentRegistered
+    | WorkerDisconnected
     | Tick
 )
 
@@ -115,7 +124,7 @@ class Why(enum.Enum):
 
     EXISTS = "exists"  # somebody has written, or is writing, this chunk
     FULL = "full"  # no free slot and nothing that may be evicted
-    NOT_READY = "not_ready"  # the client's workers have not registered a segment yet
+    NOT_READY = "not_ready"  # the pool is growing, or the client's workers are mapping it: ask again soon
     STALE = "stale"  # a later request of this client was answered already
     UNKNOWN_CLIENT = "unknown_client"
     STOPPED = "stopped"  # the client's connection ended

@@ -31,16 +31,15 @@ _LAYER = struct.Struct("<HBBHH")
 _CHECKSUM_BYTES = 8
 _LAYER_SIZE_MAX = 0xFFFF  # heads and dims are 16-bit fields of the layer table
 
-_ITEM_BYTES = {
-    "bfloat16": 2,
-    "float16": 2,
-    "float32": 4,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-    "uint8": 1,
+_DTYPES = {  # name: (number in the byte format, bytes); a number is never changed or used again
+    "bfloat16": (1, 2),
+    "float16": (2, 2),
+    "float32": (3, 4),
+    "float8_e4m3fn": (4, 1),
+    "float8_e5m2": (5, 1),
+    "int8": (6, 1),
+    "uint8": (7, 1),
 }
-_DTYPE_IDS = {name: number for number, name in enumerate(_ITEM_BYTES, start=1)}
 
 
 class PartKind(enum.IntEnum):
@@ -67,8 +66,8 @@ class LayerSpec:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in _ITEM_BYTES:
-            known = ", ".join(_ITEM_BYTES)
+        if self.dtype not in _DTYPES:
+            known = ", ".join(_DTYPES)
             raise UnsupportedModel(f"layer {self.name}: KV dtype {self.dtype!r} is not one of {known}")
         sizes = (self.kv_heads, *self.plane_dims)
         if not 1 <= len(self.plane_dims) <= 2 or not all(1 <= size <= _LAYER_SIZE_MAX for size in sizes):
@@ -79,7 +78,7 @@ class LayerSpec:
 
     @property
     def item_bytes(self) -> int:
-        return _ITEM_BYTES[self.dtype]
+        return _DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +165,7 @@ class ChunkLayout:
 
     @cached_property
     def payload_bytes(self) -> int:
+        """From the first sub-block to the end of the last one, gaps between parts included."""
         last = self.sub_blocks[-1]
         return last.offset + last.nbytes - self.payload_offset
 
@@ -221,9 +221,8 @@ class ChunkLayout:
             first += count
             for layer in part.layers:
                 dims = (*layer.plane_dims, 0)[:2]
-                layers.append(
-                    _LAYER.pack(layer.kv_heads, len(layer.plane_dims), _DTYPE_IDS[layer.dtype], *dims)
-                )
+                dtype, _ = _DTYPES[layer.dtype]
+                layers.append(_LAYER.pack(layer.kv_heads, len(layer.plane_dims), dtype, *dims))
         return b"".join(parts + layers)
 
 

@@ -32,11 +32,12 @@ from kvstrata.core.events import (
     Update,
     Updated,
     Why,
+    WorkerDisconnected,
 )
 from kvstrata.core.policy import POLICIES
 from kvstrata.core.slots import Slot, SlotAllocator
 
-_AHEAD_SEGMENTS = 1.5  # an engine can fill a segment in less time than the next takes to make
+_MAPPING_S = 10.0  # how long an engine may take to map a segment, and to register it with its device
 _GROWTH_RETRY_S = 30.0  # after a segment could not be made: memory comes and goes
 
 
@@ -93,6 +94,7 @@ class Planner:
         self.pool_bytes = 0  # of all segments made so far
         self._growing = False
         self._grow_again_at = 0.0
+        self._added: dict[int, float] = {}  # when each segment was added
 
     # --- one event -------------------------------------------------------------------------
 
@@ -109,8 +111,11 @@ class Planner:
                 self._growing = False
                 self.pool_bytes += event.nbytes
                 self.slots.add(event.segment, event.nbytes, event.slot_bytes)
+                self._added[event.segment] = now
             case SegmentRegistered():
                 self._register(event)
+            case WorkerDisconnected():
+                self._unregister(event)
             case GrowthFailed():
                 self._growing, self._grow_again_at = False, now + _GROWTH_RETRY_S
             case ClientStopped():
@@ -140,7 +145,7 @@ class Planner:
         found = self.catalogue.match(event.keys)
         following = self.catalogue.get(event.keys[len(found)]) if len(found) < len(event.keys) else None
         reachable = tuple(itertools.takewhile(client.can_reach, found))
-        entries = self._leasable(client, reachable)
+        entries = self._leasable(reachable)
         if reachable and not entries:
             return [Refused(Why.BUSY)]
         if entries:
@@ -150,11 +155,11 @@ class Planner:
             self.counters["hit_chunks"] += len(entries)
         return [Matched(tuple(entry.slot for entry in entries), being_written=following is not None)]
 
-    def _leasable(self, client: Client, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    def _leasable(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         """The prefix of `entries` that keeps the leased share of the pool within its limit."""
-        room = self._share(self.limits.leased_share_max, client) - self.catalogue.being_read
+        room = self.limits.leased_share_max * self.limits.pool_bytes - self.catalogue.bytes_being_read
         for index, entry in enumerate(entries):
-            room -= not entry.readers
+            room -= 0 if entry.readers else entry.slot.nbytes
             if room < 0:
                 return entries[:index]
         return entries
@@ -168,9 +173,13 @@ class Planner:
         self._hear(client, event)  # also from a client that gets nothing more: reports free what it holds
         if why := self._refusal(client):
             return [Updated((why,) * len(event.reserve))]
-        room = self._make_room(client, len(event.reserve), now)
-        grants = tuple(self._reserve(client, job, key, room, now) for job, key in event.reserve)
-        return [Updated(grants), *(self._grow(client.slot_bytes, now) if grants else ())]
+        growth = self._grow(client.slot_bytes, now) if event.reserve else []
+        more_is_coming = self._more_is_coming(client, now)
+        room = iter(()) if more_is_coming else self._make_room(client, len(event.reserve), now)
+        without = Why.NOT_READY if more_is_coming else Why.FULL
+        grants = tuple(self._reserve(client, job, key, room, without, now) for job, key in event.reserve)
+        growth += self._grow(client.slot_bytes, now) if event.reserve else []
+        return [Updated(grants), *growth]
 
     def _hear(self, client: Client, event: Update) -> None:
         for job in event.committed:
@@ -197,8 +206,10 @@ class Planner:
             self.catalogue.touch(client.slot_bytes, keys)
         client.leases_believed, client.jobs_believed = event.leases_held, event.jobs_held
 
-    def _reserve(self, client: Client, job: int, key: bytes, room: Iterator[bool], now: float) -> Slot | Why:
-        """A slot for `key`; a step of `room` frees one."""
+    def _reserve(
+        self, client: Client, job: int, key: bytes, room: Iterator[bool], without: Why, now: float
+    ) -> Slot | Why:
+        """A slot for `key`; a step of `room` frees one. `without`: the answer if there is none."""
         if self.catalogue.get(key) is not None:
             return Why.EXISTS
         if job in client.jobs:
@@ -209,8 +220,8 @@ class Planner:
         if slot is None and next(room, False):
             slot = self.slots.take(client.slot_bytes, client.usable)
         if slot is None:
-            self.counters["refused_full"] += 1
-            return Why.FULL
+            self.counters[f"refused_{without.value}"] += 1
+            return without
         entry = self.catalogue.reserve(key, slot)
         client.jobs_believed += 1
         client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
@@ -234,15 +245,23 @@ class Planner:
     # --- pool -------------------------------------------------------------------------------
 
     def _grow(self, slot_bytes: int, now: float) -> list[Action]:
-        """Ask for the next segment while the last one still has room, so that nobody waits for it."""
+        """Ask for the next segment once less than one is free: engines fill them faster than they are made."""
         free_bytes = self.slots.free_slots(slot_bytes) * slot_bytes
-        if self._growing or free_bytes > _AHEAD_SEGMENTS * self.limits.segment_bytes:
+        if self._growing or free_bytes >= self.limits.segment_bytes:
             return []
         nbytes = min(max(self.limits.segment_bytes, slot_bytes), self.limits.pool_bytes - self.pool_bytes)
         if nbytes >= slot_bytes and now >= self._grow_again_at:
             self._growing = True
             return [GrowPool(nbytes, slot_bytes)]
         return []
+
+    def _more_is_coming(self, client: Client, now: float) -> bool:
+        """Whether a segment is being made, or mapped, for `client`: then nothing is evicted for it."""
+        return self._growing or any(
+            segment.free and segment.slot_bytes == client.slot_bytes and segment.id not in client.usable
+            for segment in self.slots.segments.values()
+            if now < self._added.get(segment.id, now) + _MAPPING_S
+        )
 
     def _reclass(self, slot_bytes: int, now: float) -> bool:
         """Give a segment to a slot size that has none, taking the one least used from the others."""
@@ -273,9 +292,12 @@ class Planner:
         if len(ranks) >= client.workers:
             client.usable.add(event.segment)
 
-    def _share(self, share: float, client: Client) -> float:
-        """`share` of the pool in slots of this client's size."""
-        return share * self.limits.pool_bytes / client.slot_bytes
+    def _unregister(self, event: WorkerDisconnected) -> None:
+        if client := self.clients.get(event.client):
+            for segment, ranks in client.registered.items():
+                if event.rank in ranks:
+                    ranks.remove(event.rank)
+                    client.usable.discard(segment)
 
     # --- clients ----------------------------------------------------------------------------
 
@@ -299,7 +321,8 @@ class Planner:
         """Why `client` may not be given anything now."""
         if client.stopped:
             return Why.STOPPED
-        if self.overdue_slots(client) > self._share(self.limits.quarantine_share_max, client):
+        overdue_bytes = self.overdue_slots(client) * client.slot_bytes
+        if overdue_bytes > self.limits.quarantine_share_max * self.limits.pool_bytes:
             return Why.QUARANTINE
         return None
 
@@ -326,5 +349,6 @@ class Planner:
                     self.catalogue.move(claim.entries[0], Cause.OVERDUE)
 
     def overdue_slots(self, client: Client) -> int:
+        """How many slots, all of the client's size, its overdue claims hold."""
         claims = (*client.leases.values(), *client.jobs.values())
         return len({id(entry) for claim in claims if claim.overdue for entry in claim.entries})

@@ -23,6 +23,10 @@ class EvictionPolicy(Protocol):
         """Keys, first to go first. The caller may skip some; it must not change the policy meanwhile."""
         ...
 
+    def __iter__(self) -> Iterator[bytes]:
+        """Every key once, in any order. For the audit."""
+        ...
+
 
 class LRU:
     """Least recently used. A prefix is touched last chunk first, so that its tail goes before its head."""
@@ -43,6 +47,9 @@ class LRU:
         self._order.pop(key, None)
 
     def victims(self) -> Iterator[bytes]:
+        return iter(self._order)
+
+    def __iter__(self) -> Iterator[bytes]:
         return iter(self._order)
 
 

@@ -60,7 +60,8 @@ class PlaneView:
 
     The element for (block, head, token in block, dim) lies at `pointer` plus each index times its
     stride, in bytes. With a `table`, the last two terms are replaced: native int32
-    `table[token * dim + d]` is the offset in elements inside the (block, head) region.
+    `table[token * dim + d]` is the offset in elements inside the (block, head) region, which is as
+    large as the strides of block and head leave room for.
     """
 
     pointer: int
@@ -291,7 +292,7 @@ def _plane(
         stride_head=view.stride_head,
         stride_token=view.stride_token,
         stride_dim=view.stride_dim,
-        table=_table_address(view, cache.block_tokens * dim, tables),
+        table=_table_address(view, cache, heads.count, dim, layer.item_bytes, tables),
         heads=heads.count,
         first_head=heads.first,
         dim=dim,
@@ -305,19 +306,29 @@ def _plane(
 
 
 def _table_address(
-    view: PlaneView, items: int, tables: dict[bytes, ctypes.Array[ctypes.c_char]]
+    view: PlaneView,
+    cache: EngineCache,
+    heads: int,
+    dim: int,
+    item_bytes: int,
+    tables: dict[bytes, ctypes.Array[ctypes.c_char]],
 ) -> int | None:
     """The address of our own copy of `view.table`, one for all planes that share it."""
     if view.table is None:
         return None
-    wanted = items * ctypes.sizeof(ctypes.c_int32)
+    wanted = cache.block_tokens * dim * ctypes.sizeof(ctypes.c_int32)
     if len(view.table) != wanted:
         raise ValueError(f"a plane's table has {len(view.table)} bytes, its blocks need {wanted}")
+    entries = memoryview(view.table).cast("i")
     if view.table not in tables:
-        entries = memoryview(view.table).cast("i")
         if min(entries) < 0 or len(set(entries)) != len(entries):
             raise ValueError("a plane's table has negative or repeated offsets")
         tables[view.table] = ctypes.create_string_buffer(view.table, len(view.table))
+    # Where the memory ends is not said, but no region reaches beyond the last stride of the outer axis.
+    block, head = abs(view.stride_block), abs(view.stride_head)
+    end = (cache.num_blocks - 1) * block + (heads - 1) * head + (max(entries) + 1) * item_bytes
+    if end > max(cache.num_blocks * block, heads * head):
+        raise ValueError(f"a plane's table has the offset {max(entries)}, outside its strides' region")
     return ctypes.addressof(tables[view.table])
 
 

@@ -11,6 +11,16 @@
 #include <cstring>
 #include <utility>
 
+// GCC before 12 has no __builtin_shufflevector, Clang no __builtin_shuffle.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define KVS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef KVS_SHUFFLE
+#define KVS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vector{__VA_ARGS__})
+#endif
+
 namespace kvs {
 
 template <class Item>
@@ -20,8 +30,8 @@ struct Tile {
 
     template <int... Lane>
     static inline void interleave(Vector a, Vector b, Vector* out, std::integer_sequence<int, Lane...>) {
-        out[0] = __builtin_shufflevector(a, b, (Lane / 2 + Lane % 2 * N)...);
-        out[1] = __builtin_shufflevector(a, b, (N / 2 + Lane / 2 + Lane % 2 * N)...);
+        out[0] = KVS_SHUFFLE(a, b, (Lane / 2 + Lane % 2 * N)...);
+        out[1] = KVS_SHUFFLE(a, b, (N / 2 + Lane / 2 + Lane % 2 * N)...);
     }
 
     // Strides are bytes from row to row. Items of a row are adjacent; nothing needs to be aligned.

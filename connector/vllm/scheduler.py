@@ -24,7 +24,7 @@ from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import Answer, Call, Lost, NodeClient
 from kvstrata.core.config import ClientConfig
 from kvstrata.core.errors import UnsupportedModel
-from kvstrata.core.events import Match, Matched, Refused, Update, Updated
+from kvstrata.core.events import Match, Matched, Refused, Update, Updated, Why
 from kvstrata.core.keys import KeyChain
 from kvstrata.core.slots import Slot
 
@@ -199,7 +199,9 @@ class SchedulerConnector:
         session = self._client.session  # another thread sets it
         self._follow(session.epoch if session else None)
         self._expire_lookups()
-        waits = idle and (self._update or self._lookups or self._unanswered)
+        for save in self._saves.ask_again(time.monotonic()):
+            self._outbox.reserve.append((save.job, save.key))
+        waits = idle and (self._update or self._lookups or self._unanswered or self._saves.postponed)
         self._collect(self._wait_budget_s if waits else 0.0)
         flush = self._flush_overwritten(self._taken_blocks(output))
         self._note_scheduled(output)
@@ -370,6 +372,8 @@ class SchedulerConnector:
             self._outbox.take_back(call)
         if isinstance(answer, Updated):
             for (job, _), grant in zip(call.reserve, answer.grants, strict=True):
+                if grant is Why.NOT_READY and self._saves.postpone(job, time.monotonic()):
+                    continue
                 if not isinstance(grant, Slot):
                     self._saves.drop(job)
                     self.stats.count(f"save_{grant.value}")

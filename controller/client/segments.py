@@ -215,18 +215,27 @@ class SegmentMap:
                 log.warning("unexpected side message %s", sorted(message))
                 return
             segment, nbytes = int(offered["id"]), int(offered["nbytes"])
-            with self._lock:
-                known = segment in self._stores[connection.epoch].segments
-            if not known:  # after a reconnection to the same store it may still be mapped
-                mapping = self._map(fds[0], nbytes)
-                with self._lock:
-                    self._stores[connection.epoch].segments[segment] = _Counted(mapping)
-            connection.send({"registered": segment})
-        except (OSError, KVStrataError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            log.warning("segment of the host pool not usable: %s", error)
+            usable = self._take(connection.epoch, segment, fds[0], nbytes)
+            connection.send({"registered" if usable else "unusable": segment})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            log.warning("an offer of the node store came to nothing: %s", error)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _take(self, epoch: bytes, segment: int, fd: int, nbytes: int) -> bool:
+        """Map an offered segment; False if that cannot be done now. The store offers it again later."""
+        with self._lock:
+            if segment in self._stores[epoch].segments:
+                return True  # kept by a copy over a reconnection to the same store
+        try:
+            mapping = self._map(fd, nbytes)
+        except (OSError, KVStrataError, RuntimeError, ValueError) as error:
+            log.warning("segment %d of the host pool is not usable: %s", segment, error)
+            return False
+        with self._lock:
+            self._stores[epoch].segments[segment] = _Counted(mapping)
+        return True
 
     def _map(self, fd: int, nbytes: int) -> MappedSegment:
         mapping = map_segment(fd, nbytes)

@@ -9,20 +9,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvstrata.controller.side import Hello, receive_message, send_message
-from kvstrata.core.events import ClientGone, ClientResumed, ClientStopped, Event, SegmentRegistered
+from kvstrata.core.events import (
+    ClientGone,
+    ClientResumed,
+    ClientStopped,
+    Event,
+    SegmentRegistered,
+    WorkerDisconnected,
+)
 
 log = logging.getLogger("kvstrata.node")
 
 _ACCEPT_PAUSE_S = 1.0
 _HELLO_DEADLINE_S = 10.0  # twice what a client waits for the answer to its hello
+_AGAIN_S = 5.0  # until a segment that a worker could not use is offered again; doubled each time
+_AGAIN_MAX_S = 300.0
+
+
+@dataclass(slots=True)
+class Offer:
+    """A segment that a worker was sent; to be sent once more at `again_at`, on the monotonic clock."""
+
+    pause_s: float
+    again_at: float = math.inf
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +53,13 @@ class Connection:
     pidfd: int | None = None
     open: bool = True
     done: bool = False
-    sent: set[int] = field(default_factory=set)
+    offers: dict[int, Offer] = field(default_factory=dict)  # by segment
+    behind: bool = False  # its socket did not take all that it should have
+
+    @property
+    def worker(self) -> Hello | None:
+        """Who it is, if it is a worker."""
+        return self.hello if self.hello is not None and self.hello.role == "worker" else None
 
 
 class SideServer:
@@ -49,9 +74,10 @@ class SideServer:
         mode: int,
         gid: int | None,
         hello_deadline_s: float = _HELLO_DEADLINE_S,
+        again_s: float = _AGAIN_S,
     ) -> None:
         """`segments` lists (id, nbytes, descriptor) of what workers should have."""
-        self._hello_deadline_s = hello_deadline_s
+        self._hello_deadline_s, self._again_s = hello_deadline_s, again_s
         self._path, self._epoch, self._apply, self._segments = path, epoch, apply, segments
         self._mode, self._gid = mode, gid
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -103,22 +129,39 @@ class SideServer:
         self.offer_segments()
 
     def offer_segments(self) -> None:
-        """Send every worker the segments that it has not been sent."""
+        """Send every worker the segments that it has not been sent, or could not use a while ago.
+
+        Called at each change, and now and then for what did not fit a socket.
+        """
         for client in self.opened & set(self.connections):
             for connection in self.connections[client]:
-                if connection.open and connection.hello is not None and connection.hello.role == "worker":
+                if connection.open and connection.worker:
                     self._send_segments(connection)
 
     def _send_segments(self, connection: Connection) -> None:
+        now = time.monotonic()
         for segment, nbytes, fd in self._segments():
-            if segment in connection.sent:
+            offer = connection.offers.get(segment)
+            if offer is not None and now < offer.again_at:
                 continue
             try:
                 send_message(connection.sock, {"segment": {"id": segment, "nbytes": nbytes}}, [fd])
             except OSError as error:  # full buffer or gone: the reader side notices the latter
-                log.warning("cannot send segment %d to %s: %s", segment, connection.hello, error)
+                if not connection.behind:
+                    log.warning("cannot send segment %d to %s yet: %s", segment, connection.hello, error)
+                connection.behind = True
                 return
-            connection.sent.add(segment)
+            connection.offers.setdefault(segment, Offer(self._again_s)).again_at = math.inf
+        connection.behind = False
+
+    def _unusable(self, connection: Connection, segment: int) -> None:
+        """Offer it again later, ever more seldom: what it lacked, memory or a limit, may be there by then."""
+        offer = connection.offers.get(segment)
+        if offer is None:
+            raise ValueError(f"segment {segment} was not offered")
+        log.warning("%s cannot use segment %d: again in %.0f s", connection.hello, segment, offer.pause_s)
+        offer.again_at = time.monotonic() + offer.pause_s
+        offer.pause_s = min(2 * offer.pause_s, _AGAIN_MAX_S)
 
     def _listen(self) -> None:
         if self._listener.fileno() >= 0:
@@ -174,7 +217,9 @@ class SideServer:
                 raise ValueError("a hello brings exactly one pidfd")
             connection.hello, connection.pidfd = hello, fds[0]
             group = self.connections.setdefault(hello.client, [])
-            for earlier in [member for member in group if _same_process(member, hello) and not member.open]:
+            for earlier in [member for member in group if _same_process(member, hello)]:
+                if earlier.open:  # the news of its end are still behind what it said before
+                    self._ended(earlier)
                 self._forget_process(earlier)  # its connection broke: the process now answers on this one
                 group.remove(earlier)
             group.append(connection)
@@ -183,10 +228,10 @@ class SideServer:
             asyncio.get_running_loop().add_reader(fds[0], self._exited, connection)
             send_message(connection.sock, {"welcome": {"epoch": self._epoch.hex()}})
             self.offer_segments()
-        elif "registered" in message and connection.hello is not None:
-            self._apply(
-                SegmentRegistered(connection.hello.client, connection.hello.rank, int(message["registered"]))
-            )
+        elif "registered" in message and (worker := connection.worker):
+            self._apply(SegmentRegistered(worker.client, worker.rank, int(message["registered"])))
+        elif "unusable" in message and connection.worker:
+            self._unusable(connection, int(message["unusable"]))
         elif "bye" in message:
             connection.done = True
             self._ended(connection)
@@ -201,6 +246,8 @@ class SideServer:
             connection.sock.close()
         if connection.hello is not None:
             self._apply(ClientStopped(connection.hello.client))
+            if worker := connection.worker:
+                self._apply(WorkerDisconnected(worker.client, worker.rank))
             self._settle(connection)
 
     def _exited(self, connection: Connection) -> None:

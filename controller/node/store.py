@@ -60,6 +60,7 @@ class NodeStore:
         for action in self.planner.step(event, time.monotonic()):
             if isinstance(action, GrowPool):
                 self._growth = asyncio.get_running_loop().create_task(self._grow(action))
+                self._growth.add_done_callback(_log_fault)
             else:
                 answers.append(action)
         return answers
@@ -71,6 +72,7 @@ class NodeStore:
         try:
             while not self.ending.is_set():
                 self.apply(Tick())
+                self.side.offer_segments()
                 if not self.still_ours():
                     log.error("the runtime folder was removed or taken over: ending")
                     break
@@ -86,21 +88,22 @@ class NodeStore:
         finally:
             self._stop_growth = True
             if self._growth is not None:
-                await self._growth
+                await asyncio.wait([self._growth])
             self.side.close(unlink=self.still_ours())
             self.pool.close()
 
     async def _grow(self, action: GrowPool) -> None:
+        outcome: Event = GrowthFailed()  # whatever happens: the planner asks for nothing before it knows
         try:
             segment = await asyncio.to_thread(
                 self.pool.make_segment, action.nbytes, lambda: self._stop_growth
             )
+            log.info("host pool: segment %d of %s", segment, format_size(action.nbytes))
+            outcome = SegmentAdded(segment, action.nbytes, action.slot_bytes)
         except OSError as error:
             log.error("the host pool stays at %s: %s", format_size(self.pool.nbytes), error)
-            self.apply(GrowthFailed())
-            return
-        log.info("host pool: segment %d of %s", segment, format_size(action.nbytes))
-        self.apply(SegmentAdded(segment, action.nbytes, action.slot_bytes))
+        finally:
+            self.apply(outcome)
         self.side.offer_segments()
 
     def _segments(self) -> list[tuple[int, int, int]]:
@@ -143,6 +146,12 @@ class NodeStore:
             ],
             "counters": dict(planner.counters),
         }
+
+
+def _log_fault(growth: asyncio.Task[None]) -> None:
+    """An error that `_grow` does not expect would be seen by nobody."""
+    if not growth.cancelled() and (error := growth.exception()):
+        log.error("the host pool could not grow", exc_info=error)
 
 
 def _limits(config: Config, pool_bytes: int) -> Limits:

@@ -229,3 +229,26 @@ def test_one_update_tells_of_the_newest_prefixes_and_of_no_more_than_a_message_h
     assert used[1:] == tuple(prefixes[-4:])
     assert used[0] == prefixes[-5][:768]
     assert sum(map(len, used)) == 32768
+
+
+def test_a_save_that_found_the_pool_growing_asks_again_but_not_for_ever() -> None:
+    book = SaveBook()
+    book.want(Save(1, b"k" * 32, (7,), b"epoch"))
+    assert book.postpone(1, 10.0) and not book.postpone(2, 10.0)
+    assert [save.job for save in book.ask_again(10.0)] == [1]
+    assert not book.postponed
+    assert book.postpone(1, 10.01)
+    assert book.ask_again(10.02) == []  # not every step
+    assert [save.job for save in book.ask_again(10.06)] == [1]
+    assert not book.postpone(1, 15.1)
+    book.drop(1)
+    assert book.ask_again(16.0) == []
+
+
+def test_a_postponed_save_whose_blocks_were_taken_asks_no_more() -> None:
+    book = SaveBook()
+    book.want(Save(1, b"k" * 32, (7,), b"epoch"))
+    assert book.postpone(1, 0.0)
+    (lost,) = book.overwritten([7])
+    book.drop(lost.job)
+    assert book.ask_again(1.0) == []

@@ -198,6 +198,16 @@ def test_a_reason_that_only_a_newer_store_knows_is_a_refusal(call: Match | Updat
 # ---------------------------------------------------------------------------------- segments of a worker
 
 
+class Noting:
+    """A registration that tells of each new mapping."""
+
+    def __init__(self, on_mapped: Callable[[MappedSegment], None]) -> None:
+        self.add = on_mapped
+
+    def remove(self, mapping: MappedSegment) -> None:
+        """Nothing was done."""
+
+
 class Worker:
     """A segment map that talks to a fake store over `sock`."""
 
@@ -207,7 +217,7 @@ class Worker:
         self._sockets: list[socket.socket] = []
         fake_side(self._welcome)
         self.map = SegmentMap(
-            lambda: folder / "side.sock", Hello("engine", "worker", 0), on_mapped, retry_s=0.05
+            lambda: folder / "side.sock", Hello("engine", "worker", 0), Noting(on_mapped), retry_s=0.05
         )
         wait_for("the hello", lambda: self._sockets)
 
@@ -296,12 +306,13 @@ def test_what_is_no_offer_is_passed_over(worker: Worker, memory: int) -> None:
     assert [worker.mapping(number) is not None for number in range(4)] == [False, False, False, True]
 
 
-def test_a_segment_that_cannot_be_mapped_is_not_registered(worker: Worker, memory: int) -> None:
+def test_a_segment_that_cannot_be_mapped_is_called_unusable(worker: Worker, memory: int) -> None:
     reading, writing = os.pipe()
     worker.offer(segment(1), reading)
-    worker.offer(segment(2), memory)
-    assert worker.said() == {"registered": 2}
+    assert worker.said() == {"unusable": 1}
     assert worker.mapping(1) is None
+    worker.offer(segment(1), memory)
+    assert worker.said() == {"registered": 1}
     os.close(reading)
     os.close(writing)
 
@@ -327,6 +338,7 @@ def test_a_segment_that_the_device_refuses_is_neither_registered_nor_kept(
     worker.offer(segment(1, nbytes=2048), memory)
     worker.offer(segment(2), memory)
     try:
+        assert worker.said() == {"unusable": 1}
         assert worker.said() == {"registered": 2}
         assert worker.mapping(1) is None
         assert mappings(memory) == [worker.mapping(2)]

@@ -440,7 +440,7 @@ def test_a_second_hello_ends_the_connection(side: Side, pidfd: int) -> None:
 
 @pytest.mark.parametrize("segment", ["x", None, [], {}, b'{"registered": Infinity}', b'{"registered": NaN}'])
 def test_a_registration_of_nothing_ends_the_connection(side: Side, segment: Any) -> None:
-    side.hello()
+    side.hello(role="worker")
     side.send(segment if isinstance(segment, bytes) else {"registered": segment})
     assert side.hung_up()
 

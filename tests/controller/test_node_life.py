@@ -115,8 +115,9 @@ def test_an_engine_whose_worker_comes_back_is_served_again(
     engine.reserve(key(22))
     break_connection(store, engine)
     assert engine.match(key(22)) == Refused(Why.STOPPED)
-    wait_for("it to be introduced again", lambda: not is_stopped(store, "returning"))
     engine.update(committed=list(engine.jobs))
+    wait_for("it to be introduced again", lambda: not is_stopped(store, "returning"))
+    wait_for("it to map the pool again", lambda: (store.engine("returning") or {}).get("usable_segments"))
     assert engine.match(key(22)) != Matched((), being_written=False)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +12,12 @@ import pytest
 
 from kvstrata.controller.node.__main__ import Memory, choose_pool_bytes, memory
 from kvstrata.controller.node.launch import start_node
+from kvstrata.controller.node.store import NodeStore
+from kvstrata.controller.paths import RuntimePaths
 from kvstrata.core.config import HostConfig
 from kvstrata.core.errors import ConfigError, NodeUnavailable
-from tests.controller.stores import MIB, Engine, RunningStore, config_for, wait_for
+from kvstrata.core.events import ClientOpened, GrowPool
+from tests.controller.stores import MIB, SLOT, Engine, RunningStore, config_for, wait_for
 
 GIB = 1 << 30
 V1_NO_LIMIT = (1 << 63) - 4096
@@ -140,3 +146,27 @@ def test_a_store_says_in_its_log_that_memory_is_short(runtime_dir: Path) -> None
     store = RunningStore.start(config_for(runtime_dir, host={"size": size}))
     store.stop()
     assert "of memory are available now: it may run out as the pool grows" in store.log
+
+
+@pytest.mark.parametrize("error", [OSError("no memory"), RuntimeError("can't start new thread")])
+def test_whatever_kept_the_pool_from_growing_is_logged_and_it_is_tried_again(
+    runtime_dir: Path, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(nbytes: int, should_stop: Callable[[], bool]) -> int:
+        raise error
+
+    async def scenario() -> NodeStore:
+        store = NodeStore(config_for(runtime_dir), RuntimePaths(runtime_dir), 8 * MIB)
+        store.pool.make_segment = fail  # type: ignore[method-assign]
+        store.apply(ClientOpened("engine", SLOT, 1))
+        assert store._growth is not None
+        await asyncio.wait([store._growth])
+        await asyncio.sleep(0)  # for the callback that logs
+        return store
+
+    with caplog.at_level(logging.ERROR, "kvstrata.node"):
+        store = asyncio.run(scenario())
+    assert str(error) in caplog.text
+    assert ("Traceback" in caplog.text) is isinstance(error, RuntimeError)
+    later = time.monotonic() + 31
+    assert store.planner.step(ClientOpened("engine", SLOT, 1), later) == [GrowPool(4 * MIB, SLOT)]

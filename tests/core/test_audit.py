@@ -92,6 +92,26 @@ def hold_a_job_that_the_engine_does_not_know(planner: Planner) -> None:
     planner.clients["engine"].jobs_believed = 0
 
 
+def miscount_what_is_being_read(planner: Planner) -> None:
+    planner.catalogue.bytes_being_read += SLOT
+
+
+def take_a_ready_chunk_out_of_its_order(planner: Planner) -> None:
+    planner.catalogue._orders[SLOT].remove(key(1))
+
+
+def put_a_chunk_into_the_order_before_it_is_ready(planner: Planner) -> None:
+    planner.catalogue._orders[SLOT].admit(key(2))
+
+
+def put_a_chunk_that_is_gone_into_an_order(planner: Planner) -> None:
+    planner.catalogue._orders[SLOT].admit(key(3))
+
+
+def put_a_chunk_into_the_order_of_another_slot_size(planner: Planner) -> None:
+    planner.catalogue._orders[2 * SLOT].admit(key(1))
+
+
 PLANTED: list[tuple[Callable[[Planner], None], str]] = [
     (give_two_chunks_one_slot, "slot 0+0x0 has 2 owners"),
     (lose_a_slot, "segment 0: 2 slots in use and 1 free, of 4"),
@@ -105,6 +125,23 @@ PLANTED: list[tuple[Callable[[Planner], None], str]] = [
     (add_a_second_writer, "chunk 0200000000000000 (reserved) has 2 writers, should have 1"),
     (keep_the_writer_of_a_finished_chunk, "chunk 0200000000000000 (ready) has 1 writers, should have 0"),
     (drop_without_readers, "chunk 0100000000000000 (evicting) waits for readers that do not exist"),
+    (miscount_what_is_being_read, "64 bytes are being read, 128 in the books"),
+    (
+        take_a_ready_chunk_out_of_its_order,
+        "chunk 0100000000000000 (ready) is not in its eviction order",
+    ),
+    (
+        put_a_chunk_into_the_order_before_it_is_ready,
+        "the eviction order of 64-byte slots has chunk 0200000000000000, not ready there",
+    ),
+    (
+        put_a_chunk_that_is_gone_into_an_order,
+        "the eviction order of 64-byte slots has chunk 0300000000000000, not ready there",
+    ),
+    (
+        put_a_chunk_into_the_order_of_another_slot_size,
+        "the eviction order of 128-byte slots has chunk 0100000000000000, not ready there",
+    ),
     (
         hold_a_lease_that_the_engine_does_not_know,
         "engine engine knows of 0 leases, the store holds 1 for it",

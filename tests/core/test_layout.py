@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from kvstrata.core.layout import (
     chunk_tokens_for,
     writer_of,
 )
-from tests.core.layouts import SMALL, layouts, one_part
+from tests.core.layouts import DTYPES, SMALL, layouts, one_part
 
 GOLDEN = Path(__file__).parent / "golden" / "chunk_v0.json"
+FORMAT = Path(__file__).resolve().parents[2] / "docs" / "format.md"
 KEY = bytes(range(32))
 
 
@@ -152,6 +155,15 @@ def described(layout: ChunkLayout) -> dict[str, Any]:
 def test_the_byte_format_is_the_one_in_the_golden_file() -> None:
     """It may change only with FORMAT_VERSION, and with a new golden file beside the old one."""
     assert json.loads(json.dumps(described(SMALL))) == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dtype_has_the_number_and_the_size_that_the_format_gives_it(dtype: str) -> None:
+    layer = LayerSpec("layer", 3, (8,), dtype)
+    (row,) = re.findall(rf"^\| (\d+) \| {dtype} \| (\d) \|$", FORMAT.read_text(), re.MULTILINE)
+    header = ChunkLayout(16, (Part(PartKind.FULL, (layer,)),)).header(KEY)
+    _, _, number, _, _ = struct.unpack_from("<HBBHH", header, 96 + 24)
+    assert (number, layer.item_bytes) == tuple(map(int, row))
 
 
 # ------------------------------------------------------------------------------------ who writes which byte

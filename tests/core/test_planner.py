@@ -17,6 +17,7 @@ from kvstrata.core.events import (
     Update,
     Updated,
     Why,
+    WorkerDisconnected,
 )
 from kvstrata.core.planner import Limits, Planner
 from kvstrata.core.slots import Slot
@@ -72,11 +73,10 @@ def test_a_chunk_is_granted_once_in_one_message(engine: Engine) -> None:
 
 
 def test_an_aborted_chunk_is_not_found_and_its_slot_is_free(store: Store, engine: Engine) -> None:
-    before = store.free
     engine.reserve(1)
     engine.tell(aborted=tuple(engine.jobs))
     assert engine.match(1) == []
-    assert store.free == before
+    assert store.free == store.total
 
 
 def test_another_engine_finds_what_one_wrote(store: Store, engine: Engine) -> None:
@@ -154,6 +154,19 @@ def test_what_is_leased_already_may_be_leased_by_all(store: Store, engine: Engin
     assert len(other.match(7)) == 1
 
 
+def test_leases_of_all_slot_sizes_share_one_limit() -> None:
+    store = Store(slots=16, per_segment=8)  # of which twelve may be leased
+    small, large = store.engine("small"), store.engine("large", slot_bytes=4 * SLOT)
+    small.save(*range(1, 9))
+    large.save(101, 102)
+    assert len(small.match(*range(1, 9))) == 8
+    assert len(large.match(101, 102)) == 1, "a large slot is four small ones"
+    for engine in (small, large):
+        engine.tell(released=tuple(engine.leases))
+    assert len(large.match(101, 102)) == 2
+    assert len(small.match(*range(1, 9))) == 4, "two large slots are eight small ones"
+
+
 # ------------------------------------------------------------------------------- segments and their workers
 
 
@@ -189,11 +202,36 @@ def test_a_match_ends_where_a_rank_has_not_mapped_the_segment(store: Store, engi
     assert len(other.match(1, 2, 3, 4, 5)) == 4
 
 
+def test_nothing_is_granted_from_what_a_returning_worker_has_not_mapped_again(store: Store) -> None:
+    engine = store.engine(workers=2)
+    engine.save(1, 2, 3, 4)
+    engine.save(5)
+    engine.stop()
+    store.step(WorkerDisconnected("engine", 1))
+    engine.resume()
+    assert engine.reserve(6) == [Why.NOT_READY]
+    assert engine.match(1) == []
+    store.step(SegmentRegistered("engine", 1, 1))
+    assert [slot.segment for slot in engine.reserve(6) if isinstance(slot, Slot)] == [1]
+    assert (len(engine.match(1)), len(engine.match(5))) == (0, 1)
+    store.step(SegmentRegistered("engine", 1, 0))
+    assert len(engine.match(1, 2, 3, 4, 5)) == 5
+
+
+def test_a_worker_takes_nothing_of_another_with_it(store: Store, engine: Engine) -> None:
+    engine.save(1)
+    other = store.engine("other")
+    for name, rank in (("other", 0), ("engine", 1), ("engine", -1), ("stranger", 0)):
+        store.step(WorkerDisconnected(name, rank))
+    assert len(engine.match(1)) == 1
+    assert other.reserve(2) == [Why.NOT_READY]
+
+
 def test_the_pool_grows_before_it_is_needed(store: Store, engine: Engine) -> None:
     assert len(store.asked) == 1
     engine.reserve(1)
-    assert len(store.asked) == 1
-    engine.reserve(2)
+    assert len(store.asked) == 2  # less than a whole segment is free
+    engine.reserve(2, 3)
     assert len(store.asked) == 2
 
 

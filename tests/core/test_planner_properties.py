@@ -34,6 +34,7 @@ from kvstrata.core.events import (
     Update,
     Updated,
     Why,
+    WorkerDisconnected,
 )
 from kvstrata.core.planner import Limits, Planner
 from kvstrata.core.slots import Slot
@@ -84,8 +85,8 @@ def overlap(one: Slot, other: Slot) -> bool:
 
 
 class PlannerMachine(RuleBasedStateMachine):
-    @initialize(segments=st.integers(2, 4), rest=st.integers(0, 3), well=st.sampled_from([True, True, False]))
-    def begin(self, segments: int, rest: int, well: bool) -> None:
+    @initialize(segments=st.integers(2, 4), rest=st.integers(0, 3), well=st.sampled_from([0, 2, 3]))
+    def begin(self, segments: int, rest: int, well: int) -> None:
         limits = Limits(segments * 4 * SLOT + rest * SLOT, 4 * SLOT, claim_deadline_s=DEADLINE)
         self.planner = Planner(limits)
         self.now = 0.0
@@ -96,7 +97,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.numbers = 0
         self.old: list[Match | Update] = []
         if well:
-            self.everybody_is_well()
+            self.everybody_is_well(well)
 
     def step(self, event: Event) -> list[Action]:
         actions = self.planner.step(event, self.now)
@@ -116,14 +117,14 @@ class PlannerMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------- clients come and go
 
-    @rule()
-    def everybody_is_well(self) -> None:
-        for name in NAMES[:2]:
+    @rule(count=st.sampled_from([2, 3]))
+    def everybody_is_well(self, count: int) -> None:
+        for name in NAMES[:count]:
             self.open(name)
             self.resume(name)
-        while self.to_make:
-            self.a_segment_is_made(works=1)
-        for name in NAMES[:2]:
+            while self.to_make:
+                self.a_segment_is_made(works=1)
+        for name in NAMES[:count]:
             for segment in self.segments:
                 for rank in range(RANKS[name]):
                     self.register(name, rank, segment)
@@ -168,6 +169,14 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(name=names, rank=chosen, which=chosen)
     def a_rank_registers(self, name: str, rank: int, which: int) -> None:
         self.register(name, rank % RANKS[name], which % len(self.segments))
+
+    @rule(name=names, rank=chosen)
+    def a_rank_disconnects(self, name: str, rank: int) -> None:
+        rank %= RANKS[name]
+        self.step(WorkerDisconnected(name, rank))
+        if life := self.lives.get(name):
+            for ranks in life.registered.values():
+                ranks.discard(rank)
 
     def register(self, name: str, rank: int, segment: int) -> None:
         self.step(SegmentRegistered(name, rank, segment))
@@ -328,6 +337,13 @@ class PlannerMachine(RuleBasedStateMachine):
     @invariant()
     def the_pool_keeps_its_limit(self) -> None:
         assert sum(self.segments.values()) <= self.planner.limits.pool_bytes
+
+    @invariant()
+    def leases_keep_their_share(self) -> None:
+        claims = [held for life in self.lives.values() for held in life.held.values() if not held.job]
+        leased = {slot for held in claims for slot in held.slots}
+        limits = self.planner.limits
+        assert sum(slot.nbytes for slot in leased) <= limits.leased_share_max * limits.pool_bytes
 
     @invariant()
     def no_held_slot_is_free(self) -> None:

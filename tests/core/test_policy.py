@@ -64,6 +64,7 @@ class TestEveryPolicy:
             policy.admit(each)
         policy.remove(KEYS[1])
         assert set(policy.victims()) == set(KEYS) - {KEYS[1]}
+        assert sorted(policy) == sorted(policy.victims())
 
     def test_ignores_keys_that_it_does_not_know(self, policy: EvictionPolicy) -> None:
         policy.touch(KEYS)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import subprocess
+from array import array
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstrata.core.layout import ChunkLayout
-from kvstrata.cuda_ext.native import NO_BLOCK, CopyEngine, DoesNotFit, EngineCache, Library, load_library
+from kvstrata.cuda_ext.native import (
+    NO_BLOCK,
+    CopyEngine,
+    DoesNotFit,
+    EngineCache,
+    Library,
+    PlaneView,
+    load_library,
+)
 from tests.cuda_ext import engines, reference
 from tests.cuda_ext.cases import DTYPES, KEY, Case, Slot, case_of, cases, layout_of
 from tests.cuda_ext.reference import Rank
 
+SOURCE = Path(__file__).resolve().parents[2] / "cuda_ext" / "copy_cpu.cpp"
 MANY = settings(max_examples=120, deadline=None)
 arrangement = pytest.mark.parametrize("arrange", engines.ARRANGEMENTS, ids=lambda each: each.__name__)
 
@@ -85,6 +98,25 @@ def test_shapes_of_real_models(library: Library, arrange: engines.Arrangement, d
     case = case_of(layout_of(2, (64, 64), dtype, 64, layers=1), [arrange], 32, 4, seed=1)
     check_gather(case, library)
     check_scatter(case, library, skipped=[0])
+
+
+@pytest.fixture(scope="module")
+def old_compiler_s_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Built as by GCC 11, which has no `__builtin_shufflevector`."""
+    path = tmp_path_factory.mktemp("gcc11") / "copy.so"
+    missing = ["-D__has_builtin(x)=0", "-D__builtin_shufflevector=missing_before_gcc_12", "-DKVS_CLONES="]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", *missing]
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(SOURCE), "-o", str(path)], check=True)
+    return load_library(path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_compiler_without_shufflevector_transposes_as_well(
+    old_compiler_s_library: Library, dtype: str
+) -> None:
+    case = case_of(layout_of(2, (40, 64), dtype, 48), [engines.transposed_keys], 24, 4, seed=4)
+    check_gather(case, old_compiler_s_library)
+    check_scatter(case, old_compiler_s_library)
 
 
 @arrangement
@@ -188,7 +220,14 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("table", "fault"),
-        [(range(64), None), (range(63), "bytes"), ([-1, *range(63)], "negative"), ([0] * 64, "repeated")],
+        [
+            (range(64), None),
+            (range(63), "bytes"),
+            ([-1, *range(63)], "negative"),
+            ([0] * 64, "repeated"),
+            ([*range(63), 64], "the offset 64, outside"),
+            ([*range(63), 2**31 - 1], "the offset 2147483647, outside"),
+        ],
     )
     def test_a_table_that_does_not_fit_its_block(
         self, library: Library, table: list[int], fault: str | None
@@ -203,6 +242,28 @@ class TestRefusals:
         else:
             with pytest.raises(ValueError, match=fault):
                 CopyEngine(self.layout, cache, library)
+
+    @pytest.mark.parametrize(
+        ("block", "head", "most"),
+        [
+            (128, 64, 63),  # [block][head][...]
+            (160, 80, 79),  # with gaps
+            (64, 256, 63),  # [head][block][...]
+            (128, 8, 119),  # [block][token][head][dim]: the last head's region ends with the block
+            (-128, -64, 63),
+        ],
+    )
+    def test_a_table_reaches_as_far_as_the_strides_leave_room(
+        self, library: Library, block: int, head: int, most: int
+    ) -> None:
+        views = []
+        for last in (most, most + 1):
+            table = array("i", [*range(63), last]).tobytes()
+            views.append(PlaneView(1 << 20, 2 * block, 2 * head, 0, 0, table))
+        good, bad = views
+        CopyEngine(self.layout, EngineCache(8, 4, (good,) * 4), library)
+        with pytest.raises(ValueError, match=f"the offset {most + 1}, outside"):
+            CopyEngine(self.layout, EngineCache(8, 4, (good, good, good, bad)), library)
 
 
 def test_an_engine_loads_the_library_by_itself() -> None:
