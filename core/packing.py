@@ -20,6 +20,7 @@ def can_pack(tokens: int, dim: int, dtype: str) -> bool:
         and dim % 2 == 0
         and _GROUP <= dim <= _DIM_MAX
         and _escape_words(elements) <= _ESCAPE_WORDS_MAX
+        and packed_bytes(tokens, dim) < 2 * elements
     )
 
 

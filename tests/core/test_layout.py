@@ -17,6 +17,9 @@ from hypothesis import given
 from kvstrata.core.errors import UnsupportedModel
 from kvstrata.core.layout import (
     ALIGNMENT,
+    CODEC_RAW,
+    FORMAT_VERSION,
+    SUB_BLOCK_ALIGNMENT,
     ChunkLayout,
     LayerSpec,
     Part,
@@ -24,9 +27,10 @@ from kvstrata.core.layout import (
     chunk_tokens_for,
     writer_of,
 )
-from tests.core.layouts import DTYPES, SMALL, layouts, one_part
+from kvstrata.core.packing import can_pack, packed_bytes
+from tests.core.layouts import DTYPES, SMALL, WIDE, layouts, one_part
 
-GOLDEN = Path(__file__).parent / "golden" / "chunk_v0.json"
+GOLDEN = Path(__file__).parent / "golden"
 FORMAT = Path(__file__).resolve().parents[2] / "docs" / "format.md"
 KEY = bytes(range(32))
 
@@ -39,8 +43,8 @@ def test_sub_blocks_follow_each_other_and_fill_the_slot(layout: ChunkLayout) -> 
     end = layout.payload_offset
     for before, after in zip(layout.sub_blocks, layout.sub_blocks[1:], strict=False):
         end = before.offset + before.nbytes
-        starts_a_part = before.part != after.part
-        assert after.offset == (-(-end // ALIGNMENT) * ALIGNMENT if starts_a_part else end)
+        unit = ALIGNMENT if before.part != after.part else SUB_BLOCK_ALIGNMENT
+        assert after.offset == -(-end // unit) * unit
     last = layout.sub_blocks[-1]
     assert layout.sub_blocks[0].offset == layout.payload_offset
     assert layout.payload_bytes == last.offset + last.nbytes - layout.payload_offset
@@ -61,10 +65,18 @@ def test_parts_and_slots_start_on_pages(layout: ChunkLayout) -> None:
     assert layout.slot_bytes % ALIGNMENT == 0
 
 
+def stored_bytes(layout: ChunkLayout, layer: LayerSpec, dim: int) -> int:
+    raw = layout.chunk_tokens * dim * layer.item_bytes
+    if layout.codec == CODEC_RAW or not can_pack(layout.chunk_tokens, dim, layer.dtype):
+        return raw
+    assert (packed := packed_bytes(layout.chunk_tokens, dim)) < raw
+    return packed
+
+
 @given(layouts)
 def test_sub_blocks_are_every_layer_head_and_plane_in_order(layout: ChunkLayout) -> None:
     expected = [
-        (part_index, layer_index, head, plane, layout.chunk_tokens * dim * layer.item_bytes)
+        (part_index, layer_index, head, plane, stored_bytes(layout, layer, dim))
         for part_index, part in enumerate(layout.parts)
         for layer_index, layer in enumerate(part.layers)
         for head in range(layer.kv_heads)
@@ -152,9 +164,18 @@ def described(layout: ChunkLayout) -> dict[str, Any]:
     }
 
 
-def test_the_byte_format_is_the_one_in_the_golden_file() -> None:
-    """It may change only with FORMAT_VERSION, and with a new golden file beside the old one."""
-    assert json.loads(json.dumps(described(SMALL))) == json.loads(GOLDEN.read_text())
+@pytest.mark.parametrize("name", ["raw", "packed"])
+def test_the_byte_format_is_the_one_in_the_golden_file(name: str) -> None:
+    """It may change only with FORMAT_VERSION, and with new golden files beside the old ones."""
+    layout = {"raw": SMALL, "packed": WIDE}[name]
+    golden = GOLDEN / f"chunk_v{FORMAT_VERSION}_{name}.json"
+    assert json.loads(json.dumps(described(layout))) == json.loads(golden.read_text())
+
+
+def test_packed_or_not_a_chunk_is_named_by_its_content() -> None:
+    assert WIDE.raw.digest != WIDE.digest
+    assert WIDE.raw.raw is WIDE.raw
+    assert dataclasses.replace(WIDE, codec=CODEC_RAW).digest == WIDE.raw.digest
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

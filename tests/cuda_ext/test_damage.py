@@ -31,7 +31,8 @@ def slot(library: Library, case: Case) -> Slot:
 
 def bytes_that_count() -> list[int]:
     table_end = LAYOUT.checksum_offset + 8 * LAYOUT.sub_block_count
-    return [*range(table_end), *range(LAYOUT.payload_offset, LAYOUT.payload_offset + LAYOUT.payload_bytes)]
+    payload = [byte for one in SUB_BLOCKS for byte in range(one.offset, one.offset + one.nbytes)]
+    return [*range(table_end), *payload]
 
 
 def owner_of(byte: int) -> SubBlock | None:
