@@ -23,6 +23,7 @@ COUNTERS = {
     "corrupt_chunks": "Stored chunks refused because their bytes failed the check",
     "saved_chunks": "Chunks copied to the host pool",
     "failed_saves": "Chunks that could not be copied",
+    "unpackable_chunks": "Of these, chunks whose numbers are spread too widely to be packed",
     "lost_saves": "Chunks whose blocks were reused before they had a slot",
     "bytes_loaded": "Bytes copied from the host pool",
     "bytes_saved": "Bytes copied to the host pool",

@@ -135,6 +135,8 @@ class WorkerConnector:
         self._done.saved[report.job] = 1
         if not report.ok:
             self._done.unsaved.add(report.job)
+        if report.does_not_fit:
+            self.stats.count("unpackable_chunks")
         self.stats.count("bytes_saved", report.nbytes)
         self.stats.count("save_seconds", report.seconds)
 
