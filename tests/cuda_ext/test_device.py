@@ -215,7 +215,7 @@ def test_a_copy_waits_for_the_engines_event(serving: Serving) -> None:
         event = torch.cuda.Event()
         with torch.cuda.stream(engine):
             torch.cuda._sleep(50_000_000)  # some 30 ms
-            keys.storage.copy_(keys.storage.flip(0))
+            keys.storage.copy_(keys.storage ^ -32768)  # every sign
             event.record()
         assert serving.save.save(serving.chunks, event.cuda_event) == [None] * CHUNKS
         before = keys.storage.clone()
