@@ -20,7 +20,11 @@ from kvstrata.core.digest import DIGEST_BYTES, digest
 from kvstrata.core.errors import UnsupportedModel
 
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
-_BESIDE = ("*.py", "*config*.json")  # a folder's own modelling code or quantisation file counts too
+_BESIDE = ("*.py", "*.json")  # code of its own, how it is quantised, which weight files are loaded at all
+# File systems on which every change of a file changes its time stamps, for all who look. On others (tmpfs,
+# network mounts) digests are taken at each start.
+_KEEP_TIMES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay"})
+_READ_AT_ONCE = 16 << 20
 _SETTLED_S = 2.0  # a file changed since then may change again without another time stamp
 _THREADS_MAX = 8
 
@@ -55,13 +59,16 @@ def content_digest(files: list[Path], memory: Path) -> bytes:
         memory: folder in which digests of unchanged files are remembered; made if missing.
 
     Raises:
-        UnsupportedModel: a file changed while it was read.
+        UnsupportedModel: a file changed while they were read.
         OSError: a file cannot be read.
     """
+    before = signature(files)
     single = len(files) == 1
     fields = []
     for file in files:
         fields += [b"" if single else file.name.encode(), _file_digest(file, memory)]
+    if signature(files) != before:
+        raise UnsupportedModel(f"files in {files[0].parent} changed while they were read")
     return digest(*fields)
 
 
@@ -85,27 +92,68 @@ def memory_folder() -> Path:
     return Path(base) / "kvstrata" / "weights"
 
 
+def changed_since(files: list[Path], moment: float) -> list[str]:
+    """Names of the files that were changed after `moment` (seconds since the epoch)."""
+    return [one[0] for one in signature(files) if max(one[-2:]) / 1e9 > moment]
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # since the machine was started
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + began
+
+
 def _file_digest(file: Path, memory: Path) -> bytes:
-    before = signature([file])
-    note = memory / digest(str(file.resolve()).encode(), repr(before).encode()).hex()
-    with contextlib.suppress(OSError, ValueError):
-        known = bytes.fromhex(note.read_text())
-        if len(known) == DIGEST_BYTES:
-            return known
+    state = signature([file])
+    note = memory / digest(str(file.resolve()).encode(), repr(state).encode()).hex()
+    if _is_private(memory):
+        with contextlib.suppress(OSError, ValueError):
+            known = bytes.fromhex(note.read_text())
+            if len(known) == DIGEST_BYTES:
+                return known
+    found = _read(file)
+    if time.time() - state[0][-1] / 1e9 > _SETTLED_S and _keeps_times(file):
+        _remember(note, found)
+    return found
+
+
+def _read(file: Path) -> bytes:
+    """Not by mapping it: a file that is cut short meanwhile would end the process."""
     cores = len(os.sched_getaffinity(0))
     hasher = blake3(max_threads=max(1, min(_THREADS_MAX, cores // 2)))
-    hasher.update_mmap(file)  # without the GIL
-    if signature([file]) != before:
-        raise UnsupportedModel(f"{file} changed while its digest was taken")
-    if time.time() - before[0][-1] / 1e9 > _SETTLED_S:
-        _remember(note, hasher.digest())
+    buffer = memoryview(bytearray(_READ_AT_ONCE))
+    with file.open("rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            hasher.update(buffer[:count])  # without the GIL
     return hasher.digest()
+
+
+def _keeps_times(file: Path) -> bool:
+    device = file.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, rest = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return rest.split()[0] in _KEEP_TIMES
+    return False
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only we write there: what somebody else has noted is not believed."""
+    try:
+        state = folder.stat()
+    except OSError:
+        return False
+    return state.st_uid == os.getuid() and not state.st_mode & 0o022
 
 
 def _remember(note: Path, found: bytes) -> None:
     """Costs a second reading after the next start if it fails, nothing else."""
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _is_private(note.parent):
+            return
         fd, name = tempfile.mkstemp(dir=note.parent)
         with os.fdopen(fd, "w") as output:
             output.write(found.hex())

@@ -201,7 +201,7 @@ def _stats_text(paths: RuntimePaths, tree: dict[str, Any]) -> str:
         f"{_share(counters.pop('hit_chunks', 0), counters.pop('lookup_chunks', 0), 'chunks found')}",
         "saves": f"{counters.pop('committed_chunks', 0):,} chunks saved since the start"
         + "".join(f", {counters.pop(name):,} {word}" for name, word in _LOSSES.items() if counters[name]),
-        "also": _counts(counters),
+        "also": _counts({name: count for name, count in counters.items() if count}),
         "engines": str(len(clients)),
     }
     lines = [f"node store {tree['pid']} in {paths.folder}"]

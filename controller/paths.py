@@ -44,7 +44,7 @@ def runtime_paths(config: NodeConfig, create: bool = True) -> RuntimePaths:
     """The folder for `config`, made if need be, and safe to use.
 
     Raises:
-        NodeUnavailable: it belongs to somebody else or is open to others.
+        NodeUnavailable: it cannot be made, belongs to somebody else or is open to others.
         ConfigError: its path is too long for a Unix socket, or the group does not exist.
     """
     folder = (Path(config.runtime_dir).expanduser() if config.runtime_dir else _default_folder()).absolute()
@@ -53,13 +53,22 @@ def runtime_paths(config: NodeConfig, create: bool = True) -> RuntimePaths:
         raise ConfigError(f"node.runtime_dir {folder} is too long for a Unix socket; choose a shorter one")
     if create:
         if not os.path.lexists(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make(folder)
         if config.group and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
             os.chown(folder, -1, group_id(config.group))
             folder.chmod(0o750)
     if os.path.lexists(folder):
         _check_private(folder, config.group)
     return paths
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise NodeUnavailable(
+            f"{folder} cannot be made ({error.strerror}): set node.runtime_dir to a folder of your own"
+        ) from error
 
 
 def group_id(name: str) -> int:

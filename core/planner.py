@@ -156,11 +156,13 @@ class Planner:
         return [Matched(tuple(entry.slot for entry in entries), being_written=following is not None)]
 
     def _leasable(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-        """The prefix of `entries` that keeps the leased share of the pool within its limit."""
+        """The prefix of `entries` that keeps leases within their share; the first of all may exceed it."""
         room = self.limits.leased_share_max * self.limits.pool_bytes - self.catalogue.bytes_being_read
         for index, entry in enumerate(entries):
-            room -= 0 if entry.readers else entry.slot.nbytes
-            if room < 0:
+            if entry.readers:
+                continue
+            room -= entry.slot.nbytes
+            if room < 0 and (index or self.catalogue.bytes_being_read):
                 return entries[:index]
         return entries
 
@@ -214,8 +216,6 @@ class Planner:
             return Why.EXISTS
         if job in client.jobs:
             return Why.STALE
-        if not client.usable:
-            return Why.NOT_READY
         slot = self.slots.take(client.slot_bytes, client.usable)
         if slot is None and next(room, False):
             slot = self.slots.take(client.slot_bytes, client.usable)
@@ -245,7 +245,7 @@ class Planner:
     # --- pool -------------------------------------------------------------------------------
 
     def _grow(self, slot_bytes: int, now: float) -> list[Action]:
-        """Ask for the next segment once less than one is free: engines fill them faster than they are made."""
+        """Ask for the next segment while there is room: engines fill them faster than they are made."""
         free_bytes = self.slots.free_slots(slot_bytes) * slot_bytes
         if self._growing or free_bytes >= self.limits.segment_bytes:
             return []

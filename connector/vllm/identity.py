@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstrata.connector.vllm.compat import calculates_kv_scales, model_settings
-from kvstrata.connector.weights import Signature, memory_folder, signature, start_digest, weight_files
+from kvstrata.connector.weights import (
+    Signature,
+    changed_since,
+    memory_folder,
+    process_start,
+    signature,
+    start_digest,
+    weight_files,
+)
 from kvstrata.core.config import Config
 from kvstrata.core.digest import digest
 from kvstrata.core.errors import UnsupportedModel
@@ -147,23 +155,40 @@ def _weights(vllm_config: VllmConfig, config: Config) -> Future[bytes]:
     elif str(load.load_format) == "dummy":
         known.set_result(digest(b"dummy", str(model.seed).encode()))
     else:
-        path = Path(model.model)
-        if not path.exists():
-            path = _downloaded(model.model, model.revision)
-        try:
-            return start_digest(weight_files(path), memory_folder())
-        except UnsupportedModel as error:
-            raise _without_files(model.model, error) from error
+        return _of_files(vllm_config)
     return known
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _of_files(vllm_config: VllmConfig) -> Future[bytes]:
+    model = vllm_config.model_config
+    path = Path(model.model)
+    if not path.exists():  # files of a model that was fetched by name are never changed, only replaced
+        path = _downloaded(model.model, model.revision, vllm_config.load_config.download_dir)
+        return start_digest(_weight_files(model.model, path), memory_folder())
+    files = _weight_files(model.model, path)
+    if changed := changed_since(files, process_start()):
+        # Nobody can tell whether the engine has loaded what is there now.
+        raise UnsupportedModel(
+            f"{', '.join(changed)} in {path} changed after this engine was started: start it again, or set "
+            "identity.model to a name of your own for these weights (equal name means equal KV)"
+        )
+    return start_digest(files, memory_folder())
+
+
+def _weight_files(name: str, path: Path) -> list[Path]:
+    try:
+        return weight_files(path)
+    except UnsupportedModel as error:
+        raise _without_files(name, error) from error
+
+
+def _downloaded(name: str, revision: str | None, folder: str | None) -> Path:
     """The local snapshot of a model that vLLM fetched by name."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, cache_dir=folder, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError, OSError) as error:
         raise _without_files(name, error) from error
 

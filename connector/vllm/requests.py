@@ -9,6 +9,7 @@ from kvstrata.core.keys import KeyChain
 from kvstrata.core.slots import Slot
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 
@@ -46,3 +47,18 @@ class Loading:
     first_chunk: int
     tokens: int
     ranks_ended: int = 0
+
+
+def taken_blocks(output: SchedulerOutput, block_tokens: int) -> list[int]:
+    """Blocks that a step has given to requests and may overwrite."""
+    taken: list[int] = []
+    for new in output.scheduled_new_reqs:
+        taken += new.block_ids[0][new.num_computed_tokens // block_tokens :]
+    cached = output.scheduled_cached_reqs
+    for req_id, ids, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if ids is not None:
+            resumed = req_id in cached.resumed_req_ids
+            taken += ids[0][computed // block_tokens :] if resumed else ids[0]
+    return taken

@@ -19,7 +19,7 @@ from kvstrata.connector.jobs import ChunkCopy, LoadJob
 from kvstrata.connector.vllm.compat import all_tokens, is_streaming_input, prompt_tokens, skips_prefix_cache
 from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
-from kvstrata.connector.vllm.requests import Loading, Lookup, Tracked
+from kvstrata.connector.vllm.requests import Loading, Lookup, Tracked, taken_blocks
 from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import Answer, Call, Lost, NodeClient
 from kvstrata.core.config import ClientConfig
@@ -36,6 +36,7 @@ log = logging.getLogger("kvstrata.vllm")
 
 _EXPIRY_EVERY_S = 1.0
 _ASK_AGAIN_S = 1.0
+_UNANSWERED_MAX = 32  # lookups under way; more would only wait for each other, and Updates for them
 _USED_EVERY = 32  # chunks
 
 
@@ -56,7 +57,7 @@ class SchedulerConnector:
         self._tracked: dict[str, Tracked] = {}
         self._loading: dict[int, Loading] = {}
         self._lookups: dict[int, Tracked] = {}  # leases asked for or held, not yet given to a load
-        self._unanswered: set[int] = set()  # leases that the store may have granted already
+        self._unanswered: dict[int, float] = {}  # leases that the store may have granted already: when asked
         self._next_expiry = 0.0
         self._saves = SaveBook()
         self._outbox = Outbox()
@@ -103,10 +104,13 @@ class SchedulerConnector:
         if session is None or not tracked.may_load or not keys:
             return
         self._follow(session.epoch)
+        if len(self._unanswered) >= _UNANSWERED_MAX:
+            tracked.asked = 0.0  # it is asked for when the engine considers it
+            return
         lease = next(self._numbers)
         tracked.lookup = Lookup(lease, session.epoch, tracked.asked)
         self._lookups[lease] = tracked
-        self._unanswered.add(lease)
+        self._unanswered[lease] = tracked.asked
         call = Match(self._client.client, self._client.next_seq(), lease, tuple(keys))
         self._client.post(session, call)
 
@@ -118,6 +122,8 @@ class SchedulerConnector:
         if tracked is None or not tracked.may_load:
             return 0, False
         if self._outdated(tracked):
+            if self._asked_enough():
+                return None, False
             self._release(tracked)
             tracked.preemptions = request.num_preemptions
             tracked.chain.extend(all_tokens(request))
@@ -140,13 +146,25 @@ class SchedulerConnector:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption, or after having queued for a while with no lease.
+        """Whether to ask (again): after a preemption, or after queueing for a while without all it wants.
 
         By now the store may have more, may be less busy, or may be there at all.
         """
         if tracked.preemptions < tracked.request.num_preemptions:
             return True
-        return tracked.lookup is None and time.monotonic() - tracked.asked > _ASK_AGAIN_S
+        slots = tracked.lookup.slots if tracked.lookup else ()
+        if slots is None or len(slots) == len(tracked.chain.keys):
+            return False
+        return time.monotonic() - tracked.asked > _ASK_AGAIN_S
+
+    def _asked_enough(self) -> bool:
+        """Whether the lookups under way are as many as may be, and will be answered soon."""
+        if len(self._unanswered) < _UNANSWERED_MAX:
+            return False
+        self._collect(0.0)
+        oldest = next(iter(self._unanswered.values()), 0.0)
+        patient = time.monotonic() - oldest < self._config.call_deadline
+        return len(self._unanswered) >= _UNANSWERED_MAX and patient
 
     def _loadable(self, tracked: Tracked) -> int:
         """Tokens, from the start, that the lookup found; whole blocks, and never the last token."""
@@ -203,28 +221,13 @@ class SchedulerConnector:
             self._outbox.reserve.append((save.job, save.key))
         waits = idle and (self._update or self._lookups or self._unanswered or self._saves.postponed)
         self._collect(self._wait_budget_s if waits else 0.0)
-        flush = self._flush_overwritten(self._taken_blocks(output))
+        loaded = [block for _, load in self._new_loads for chunk in load.chunks for block in chunk.blocks]
+        flush = self._flush_overwritten(taken_blocks(output, self._block_tokens) + loaded)
         self._note_scheduled(output)
         work = StepWork(self._new_loads, self._saves.dispatch(), flush, idle)
         self._new_loads = []
         self._send_update()
         return work
-
-    def _taken_blocks(self, output: SchedulerOutput) -> list[int]:
-        """Blocks that this step, or a load begun in it, may overwrite."""
-        taken: list[int] = []
-        for new in output.scheduled_new_reqs:
-            taken += new.block_ids[0][new.num_computed_tokens // self._block_tokens :]
-        cached = output.scheduled_cached_reqs
-        for req_id, ids, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if ids is not None:
-                resumed = req_id in cached.resumed_req_ids
-                taken += ids[0][computed // self._block_tokens :] if resumed else ids[0]
-        for _, load in self._new_loads:
-            taken += [block for chunk in load.chunks for block in chunk.blocks if block >= 0]
-        return taken
 
     def _note_scheduled(self, output: SchedulerOutput) -> None:
         """Follow every scheduled request's blocks and tokens; want saves for what this step completes."""
@@ -385,7 +388,7 @@ class SchedulerConnector:
                     self.stats.count("lost_saves")
 
     def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
-        self._unanswered.discard(call.lease)
+        self._unanswered.pop(call.lease, None)
         tracked = self._lookups.get(call.lease)
         lookup = tracked.lookup if tracked else None
         slots = answer.slots if isinstance(answer, Matched) else ()
@@ -457,7 +460,7 @@ class SchedulerConnector:
 
         Lookups without an answer count: the store may have leased already.
         """
-        leases = len(self._unanswered | set(self._lookups)) + sum(
+        leases = len(self._unanswered.keys() | self._lookups.keys()) + sum(
             loading.epoch == self._epoch for loading in self._loading.values()
         )
         jobs = sum(s.stage is not Stage.WANTED and s.epoch == self._epoch for s in self._saves.saves.values())

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
@@ -87,6 +88,7 @@ class NodeClient:
         self._failures = 0  # since the last session
         self._down_since: float | None = None
         self._last_start = -_AUTOSTART_EVERY_S
+        self._folder: Path | None = None  # of the store's sockets
         self._cannot_start = ""  # why the last attempt failed at once
         self._seq = 0
         self._thread = threading.Thread(target=self._run, name="kvstrata-client", daemon=True)
@@ -126,6 +128,7 @@ class NodeClient:
         while not self._closing.is_set():
             try:
                 paths = runtime_paths(self._config.node)
+                self._folder = paths.folder
                 self._connected(paths)
             except (KVStrataError, OSError, grpc.RpcError) as error:
                 self._trouble(error)
@@ -269,9 +272,7 @@ class NodeClient:
             self._down_since = self._down_since or time.monotonic()
             if time.monotonic() - self._down_since < _START_PATIENCE_S:
                 return
-            text = (
-                f"no node store answers in {runtime_paths(self._config.node).folder}; its node.log says why"
-            )
+            text = f"no node store answers in {self._folder}; its node.log says why"
         if text != self._last_trouble:
             self._last_trouble = text or ""
             self._notify(f"kvstrata is not used for now, every lookup is a miss: {text}")

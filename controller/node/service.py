@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _CLIENT_NAME_MAX = 256
 _CONFIG_MAX = 64 << 10
+_KEYS_MAX = 1 << 16  # of one prompt, and reservations of one step: more would hold up everybody else
 _WHY_BYTES_MAX = 2000
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
 _NOT_NOW = grpc.StatusCode.FAILED_PRECONDITION
@@ -60,8 +61,9 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         keys = _split_keys(request.keys)
-        if keys is None:
-            await _refuse(context, _INVALID, "Match.keys is a multiple of 32 bytes")
+        if keys is None or len(set(keys)) < len(keys):
+            why = f"Match.keys is a multiple of 32 bytes, up to {_KEYS_MAX} keys that all differ"
+            await _refuse(context, _INVALID, why)
         (answer,) = self._store.apply(Match(request.client, request.seq, request.lease, keys))
         if isinstance(answer, Refused):
             return pb.MatchReply(refused=WHY_TO_WIRE[answer.why])
@@ -71,8 +73,8 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
     async def Update(self, request: pb.UpdateRequest, context: Context) -> pb.UpdateReply:
         used = [_split_keys(prefix) for prefix in request.used]
         keys = [r.key for r in request.reserve] + list(request.corrupt)
-        if None in used or any(len(key) != KEY_BYTES for key in keys):
-            await _refuse(context, _INVALID, "keys in Update are 32 bytes each")
+        if None in used or len(request.reserve) > _KEYS_MAX or any(len(key) != KEY_BYTES for key in keys):
+            await _refuse(context, _INVALID, f"keys in Update are 32 bytes each, up to {_KEYS_MAX}")
         event = Update(
             client=request.client,
             seq=request.seq,
@@ -141,7 +143,7 @@ def _slot(slot: Slot) -> pb.Slot:
 
 
 def _split_keys(data: bytes) -> tuple[bytes, ...] | None:
-    if len(data) % KEY_BYTES:
+    if len(data) % KEY_BYTES or len(data) > _KEYS_MAX * KEY_BYTES:
         return None
     return tuple(data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES))
 

@@ -17,7 +17,13 @@ from safetensors.torch import save_file
 
 import kvstrata.connector.weights
 from kvstrata.connector.vllm.identity import Identity, _weights
-from kvstrata.connector.weights import content_digest, weight_files
+from kvstrata.connector.weights import (
+    _keeps_times,
+    content_digest,
+    process_start,
+    start_digest,
+    weight_files,
+)
 from kvstrata.core.config import Config
 from kvstrata.core.errors import UnsupportedModel
 from kvstrata.core.keys import KeyChain
@@ -54,7 +60,9 @@ def test_a_single_other_byte_is_another_model(tmp_path: Path) -> None:
     assert len(seen) == 1 + len(places)
 
 
-@pytest.mark.parametrize("name", ["modeling_own.py", "hf_quant_config.json", "pytorch_model.bin", "x.gguf"])
+@pytest.mark.parametrize(
+    "name", ["modeling_own.py", "hf_quant_config.json", "model.safetensors.index.json", "x.bin", "x.gguf"]
+)
 def test_every_file_that_can_change_the_answer_counts(tmp_path: Path, name: str) -> None:
     folder = model(tmp_path / "m")
     before = content(folder)
@@ -64,12 +72,8 @@ def test_every_file_that_can_change_the_answer_counts(tmp_path: Path, name: str)
 
 def test_weights_that_cannot_be_read_are_refused_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(tmp_path), revision=None),
-        load_config=SimpleNamespace(load_format="auto"),
-    )
     with pytest.raises(UnsupportedModel, match=r"no weight files in .*: set identity\.model"):
-        _weights(config, Config())  # type: ignore[arg-type]
+        _weights(config_of(tmp_path), Config())
 
 
 def test_a_file_is_read_once_and_again_when_it_has_changed(
@@ -78,6 +82,7 @@ def test_a_file_is_read_once_and_again_when_it_has_changed(
     folder, memory = model(tmp_path / "m"), tmp_path / "memory"
     file = folder / "model.safetensors"
     monkeypatch.setattr("kvstrata.connector.weights._SETTLED_S", -1.0)
+    monkeypatch.setattr("kvstrata.connector.weights._keeps_times", lambda _: True)
     first = content(folder, memory)
     (note,) = memory.iterdir()
     note.write_text("ab" * 32)
@@ -94,22 +99,58 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
     assert not (tmp_path / "memory").exists()  # its time stamp could stay while its bytes change again
 
 
+def test_what_somebody_else_could_have_noted_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, memory = model(tmp_path / "m"), tmp_path / "memory"
+    monkeypatch.setattr("kvstrata.connector.weights._SETTLED_S", -1.0)
+    monkeypatch.setattr("kvstrata.connector.weights._keeps_times", lambda _: True)
+    right = content(folder, memory)
+    for note in memory.iterdir():
+        note.write_text("ab" * 32)
+    memory.chmod(0o777)
+    assert content(folder, memory) == right
+
+
+@pytest.mark.parametrize(("file", "kept"), [("/dev/shm", False), ("/proc/self/stat", False)])
+def test_file_systems_without_reliable_times_are_read_each_time(file: str, kept: bool) -> None:
+    assert _keeps_times(Path(file)) is kept
+
+
 def test_weights_that_are_being_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = model(tmp_path / "m") / "model.safetensors"
-    real = kvstrata.connector.weights.blake3
+    read = kvstrata.connector.weights._read
 
-    class Slow:
-        def __init__(self, **options: Any) -> None:
-            self.real = real(**options)
+    def read_slowly(path: Path) -> bytes:
+        found = read(path)
+        with path.open("ab") as output:
+            output.write(b"more")
+        return found
 
-        def update_mmap(self, path: Path) -> None:
-            self.real.update_mmap(path)
-            with path.open("ab") as output:
-                output.write(b"more")
-
-    monkeypatch.setattr("kvstrata.connector.weights.blake3", Slow)
-    with pytest.raises(UnsupportedModel, match=f"{file} changed while"):
+    monkeypatch.setattr("kvstrata.connector.weights._read", read_slowly)
+    with pytest.raises(UnsupportedModel, match=f"files in {file.parent} changed while"):
         content(tmp_path / "m")
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    os.truncate(file, 1 << 30)
+    found = start_digest([file], tmp_path / "memory")
+    time.sleep(0.1)
+    file.write_bytes(b"")
+    with pytest.raises(UnsupportedModel, match="changed while"):
+        found.result(60)
+
+
+def test_weights_that_changed_after_the_engine_was_started_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model(tmp_path / "m")
+    assert process_start() < time.time()  # these files are younger than this process
+    with pytest.raises(UnsupportedModel, match=r"model\.safetensors in .* changed after this engine"):
+        _weights(config_of(folder), Config())
+    assert known(engine(folder, monkeypatch), request())
 
 
 def request(**fields: Any) -> Any:
@@ -131,14 +172,19 @@ def identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Identity:
     return engine(model(tmp_path / "base"), monkeypatch)
 
 
+def config_of(folder: Path) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(model=str(folder), revision=None),
+        load_config=SimpleNamespace(load_format="auto", download_dir=None),
+    )
+
+
 def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Identity:
+    """An engine that was started after `folder` was written."""
+    monkeypatch.setattr("kvstrata.connector.vllm.identity.process_start", lambda: time.time() + 1)
     of_model = ModelIdentity("{}", b"", "", "", "", b"", "")
     monkeypatch.setattr("kvstrata.connector.vllm.identity.model_identity", lambda *_: of_model)
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(folder), revision=None),
-        load_config=SimpleNamespace(load_format="auto"),
-    )
-    made = Identity(config, SimpleNamespace(), Config())  # type: ignore[arg-type]
+    made = Identity(config_of(folder), SimpleNamespace(), Config())  # type: ignore[arg-type]
     made.wait(10.0)
     return made
 

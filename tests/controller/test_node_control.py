@@ -274,7 +274,7 @@ def test_a_message_of_five_mebibytes_is_refused(store: RunningStore, name: str, 
 def test_messages_just_below_the_limit_are_answered(store: RunningStore, engine: Engine) -> None:
     engine.session()
     keys = [key(number) for number in range(60_000)]
-    match = pb.MatchRequest(client=engine.name, seq=1, lease=1, keys=b"".join(keys) * 2)
+    match = pb.MatchRequest(client=engine.name, seq=1, lease=1, keys=b"".join(keys))
     assert store.call("Match", match).refused == pb.WHY_UNSPECIFIED
     update = pb.UpdateRequest(
         client=engine.name,
@@ -285,6 +285,17 @@ def test_messages_just_below_the_limit_are_answered(store: RunningStore, engine:
     )
     assert update.ByteSize() > 3_700_000
     assert len(store.call("Update", update).grants) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "keys", [[key(number) for number in range(70_000)], [key(1), key(2), key(1)]], ids=["many", "repeated"]
+)
+def test_more_keys_than_a_prompt_has_are_refused(
+    store: RunningStore, engine: Engine, keys: list[bytes]
+) -> None:
+    code, why = refusal(store, "Match", pb.MatchRequest(client=engine.name, seq=1, keys=b"".join(keys)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "up to 65536 keys that all differ" in why
 
 
 def test_what_is_no_message_is_refused(node_store: Callable[..., RunningStore]) -> None:

@@ -50,3 +50,11 @@ def test_an_engine_that_does_not_map_a_segment_gets_what_others_leave(full: tupl
     store.tick(11)
     assert isinstance(engine.reserve(5)[0], Slot)
     assert store.planner.counters["evicted_chunks"] == 1
+
+
+def test_a_pool_of_one_chunk_is_of_use() -> None:
+    store = Store(slots=1, per_segment=1)
+    engine = store.engine()
+    engine.save(1)
+    assert len(engine.match(1)) == 1
+    assert len(store.engine("other").match(1)) == 1

@@ -257,7 +257,7 @@ def test_a_host_without_memory_is_asked_again_after_a_while(store: Store) -> Non
     engine.open()
     store.tick(29)
     engine.open()
-    assert engine.reserve(1) == [Why.NOT_READY]
+    assert engine.reserve(1) == [Why.FULL]
     assert len(store.asked) == 1
     store.can_grow = True
     store.tick(2)

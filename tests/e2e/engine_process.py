@@ -10,9 +10,19 @@ import json
 import os
 import random
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 Answer = dict[str, Any]
+_HOOKS = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "build_connector_meta",
+    "update_connector_output",
+    "request_finished",
+)
 
 
 class Engine:
@@ -43,6 +53,8 @@ class Engine:
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.preempted = 0
+        self.finished: dict[str, Answer] = {}
+        self.hooks = {"calls": 0, "seconds": 0.0}  # of the connector's scheduler side, since the last step
         self._count_preemptions(self.core.scheduler)
 
     def _count_preemptions(self, scheduler: Any) -> None:
@@ -57,30 +69,83 @@ class Engine:
     def ask(
         self, prompts: list[Any], max_tokens: int = 16, logprobs: int = 5, **sampling: Any
     ) -> list[Answer]:
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            detokenize=False,
-            ignore_eos=True,
-            logprobs=logprobs,
-            **sampling,
-        )
+        params = _sampling(max_tokens=max_tokens, logprobs=logprobs, **sampling)
         outputs = self.llm.generate([_prompt(p) for p in prompts], params, use_tqdm=False)
         return [_answer(output) for output in outputs]
+
+    def add(self, prompts: dict[str, Any], **sampling: Any) -> None:
+        """Queue requests by name; `step`, `drain` and `abort` do the rest."""
+        for name, prompt in prompts.items():
+            self.engine.add_request(name, _prompt(prompt), _sampling(**sampling))
+
+    def abort(self, names: list[str]) -> None:
+        self.engine.abort_request(names)
+
+    def step(self, count: int = 1) -> dict[str, int]:
+        """Take steps, with or without anything to do; says what is running and what waits."""
+        for _ in range(count):
+            self._one_step()
+        running, waiting = self.core.scheduler.get_request_counts()
+        return {"running": running, "waiting": waiting}
+
+    def drain(self) -> dict[str, Any]:
+        """Step until nothing is under way: answers since the last call, and each step's hooks."""
+        steps = []
+        while self.core.scheduler.has_requests():
+            waiting = self.core.scheduler.get_request_counts()[1]
+            self._one_step()
+            steps.append({"waiting": waiting, **self.hooks})
+            self.hooks.update(calls=0, seconds=0.0)
+        finished, self.finished = self.finished, {}
+        return {"finished": finished, "steps": steps}
+
+    def _one_step(self) -> None:
+        for output in self.engine.step():
+            if output.finished:
+                self.finished[output.request_id] = _answer(output)
+
+    def time_hooks(self) -> None:
+        """From now on count the calls of the connector's scheduler side and the CPU time that they take."""
+        connector = self.core.scheduler.connector
+        for name in _HOOKS:
+            setattr(connector, name, self._timed(getattr(connector, name)))
+
+    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                self.hooks["calls"] += 1
+                self.hooks["seconds"] += time.thread_time() - started
+
+        return timed
 
     def settle(self) -> int:
         """Step until nothing is under way, as a serving engine does by itself. Returns the steps it took."""
         steps = 0
         while self.core.scheduler.has_requests():
-            self.engine.engine_core.get_output()
+            self.engine.step()
             steps += 1
         return steps
 
     def reset_gpu_cache(self) -> bool:
         self.settle()
         return bool(self.llm.reset_prefix_cache())
+
+    def reset_caches(self, running: bool = False) -> bool:
+        """What `/reset_prefix_cache?reset_external=true` does, in whatever state the engine is."""
+        return bool(self.llm.reset_prefix_cache(reset_running_requests=running, reset_connector=True))
+
+    def preempt_all(self) -> bool:
+        """Take everything from the running requests, if any, and forget the engine's own cache.
+
+        False when vLLM could not do the latter: a request that waits has just been loaded.
+        """
+        try:
+            return bool(self.llm.reset_prefix_cache(reset_running_requests=True))
+        except RuntimeError:
+            return False
 
     def reset_connector_cache(self) -> bool:
         return bool(self.core.scheduler.reset_connector_cache())
@@ -110,6 +175,14 @@ class Engine:
             if sample.name.startswith("kvstrata_") and sample.name.endswith("_total")
         }
 
+    def drafts(self) -> tuple[int, int]:
+        """Tokens that speculative decoding has proposed, and how many of them were accepted."""
+        from prometheus_client import REGISTRY
+
+        names = ("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total")
+        samples = {s.name: s.value for metric in REGISTRY.collect() for s in metric.samples}
+        return int(samples[names[0]]), int(samples[names[1]])
+
     def client_name(self) -> str:
         return str(self.core.scheduler.connector._scheduler._client.client)
 
@@ -118,10 +191,8 @@ class Engine:
 
     def storm(self, prompts: list[Any], seed: int, aborts: float, max_tokens: int = 8) -> dict[str, Any]:
         """Many requests at once, some aborted at random. Returns the answers of those that finished."""
-        from vllm import SamplingParams
-
         dice = random.Random(seed)
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False, ignore_eos=True)
+        params = _sampling(max_tokens=max_tokens)
         waiting = list(enumerate(prompts))
         live: set[str] = set()
         finished: dict[str, list[int]] = {}
@@ -155,10 +226,22 @@ def _prompt(prompt: Any) -> Any:
     return {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
 
 
+def _sampling(**settings: Any) -> Any:
+    """Greedy and of a fixed length, unless said otherwise."""
+    from vllm import SamplingParams
+
+    return SamplingParams(**({"temperature": 0, "detokenize": False, "ignore_eos": True} | settings))
+
+
 def _answer(output: Any) -> Answer:
     first = output.outputs[0]
     return {
         "tokens": list(first.token_ids),
+        "samples": [list(one.token_ids) for one in output.outputs],
+        "prompt_logprobs": [
+            entries[token].logprob if entries else None
+            for token, entries in zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=False)
+        ],
         "logprobs": [
             sorted([token, entry.logprob] for token, entry in step.items()) for step in first.logprobs or ()
         ],

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,6 +168,28 @@ class Host:
         """What `kvstrata check` would print."""
         with self._stub() as stub:
             return list(stub.Check(pb.CheckRequest(), timeout=5).problems)
+
+    @contextmanager
+    def checked_all_the_while(self) -> Iterator[None]:
+        """`kvstrata check` every few milliseconds while the body runs: it never has anything to say."""
+        over, found, times = threading.Event(), set[str](), 0
+
+        def look() -> None:
+            nonlocal times
+            while not over.wait(0.02):
+                found.update(self.problems())
+                times += 1
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            yield
+        finally:
+            looked = thread.is_alive() and times > 0
+            over.set()
+            thread.join()
+        assert looked
+        assert found == set()
 
     @contextmanager
     def _stub(self) -> Iterator[node_pb2_grpc.NodeStoreStub]:
