@@ -51,6 +51,11 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def as_prompts(prompts: Sequence[list[int]]) -> Any:
+    """As vLLM takes token ids."""
+    return [{"prompt_token_ids": one} for one in prompts]
+
+
 def prompt(tokens: int, name: object) -> list[int]:
     """The same in every arm."""
     draw = random.Random(f"{tokens} {name}")
@@ -60,7 +65,7 @@ def prompt(tokens: int, name: object) -> list[int]:
 def transfer_config(arm: str, runtime_dir: str) -> dict[str, Any] | None:
     common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
     if arm == "kvstrata":
-        extra = {
+        extra: dict[str, Any] = {
             "identity": {"model": "serve bench"},
             "host": {"size": f"{POOL_GIB}GiB"},
             "node": {"runtime_dir": runtime_dir, "idle_exit": "1min"},
@@ -114,7 +119,7 @@ def register_loader() -> None:
     # Queries and keys large enough for attention to choose, the way back small enough for errors not to grow.
     gains = {"qkv_proj": 1.7, "o_proj": 0.6, "down_proj": 0.25, "embed_tokens": 64.0}
 
-    class SizedRandom(BaseModelLoader):
+    class SizedRandom(BaseModelLoader):  # type: ignore[misc]
         def download_model(self, model_config: Any) -> None:
             """There is nothing to fetch."""
 
@@ -162,9 +167,7 @@ class Arm:
     def ask(self, prompts: Sequence[list[int]]) -> tuple[float, list[Any]]:
         """Milliseconds until all of them have their first token, and the outputs."""
         began = time.perf_counter()
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": one} for one in prompts], self.first, use_tqdm=False
-        )
+        outputs = self.llm.generate(as_prompts(prompts), self.first, use_tqdm=False)
         return (time.perf_counter() - began) * 1e3, outputs
 
     def settle(self) -> None:
@@ -256,7 +259,7 @@ class Arm:
         while engine.has_unfinished_requests():
             if step >= next_join and waiting:
                 next_join += INJECT_EVERY
-                one = {"prompt_token_ids": waiting.pop()}
+                (one,) = as_prompts([waiting.pop()])
                 engine.add_request(f"{name} joins {step}", one, self.first)
             outputs, now = engine.step(), time.perf_counter()
             if any("decodes" in output.request_id for output in outputs):
@@ -274,9 +277,7 @@ class Arm:
         )
         rates = []
         for batch in range(BATCHES):
-            prompts = [
-                {"prompt_token_ids": prompt(BATCH_PROMPT_TOKENS, f"batch {batch} {i}")} for i in range(BATCH)
-            ]
+            prompts = as_prompts([prompt(BATCH_PROMPT_TOKENS, f"batch {batch} {i}") for i in range(BATCH)])
             began = time.perf_counter()
             self.llm.generate(prompts, sampling, use_tqdm=False)
             seconds = time.perf_counter() - began
@@ -295,7 +296,8 @@ def _distance(one: dict[str, Any], other: dict[str, Any]) -> float | None:
     common = one["logprobs"].keys() & other["logprobs"].keys()
     if str(one["token"]) not in common or str(other["token"]) not in common:
         return None
-    return max(abs(one["logprobs"][token] - other["logprobs"][token]) for token in common)
+    found: float = max(abs(one["logprobs"][token] - other["logprobs"][token]) for token in common)
+    return found
 
 
 def _worst(answers: list[dict[str, Any]], runs: list[dict[str, Any]]) -> float | None:

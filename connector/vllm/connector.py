@@ -24,6 +24,7 @@ from kvstrata.connector.vllm.settings import load_config, log_like_vllm, refuse_
 from kvstrata.connector.vllm.stats import PromMetrics, Stats
 from kvstrata.connector.vllm.worker import WorkerConnector
 from kvstrata.controller.client import NodeClient
+from kvstrata.core.layout import CODEC_PACKED, CODEC_RAW
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,9 @@ class KVStrataConnector(KVConnectorBase_V1):
         log_like_vllm()
         config = load_config(vllm_config)
         refuse_unsupported(vllm_config)
-        layout = chunk_layout(kv_cache_config, config.chunk.tokens)
+        # A link to a GPU is worth packing for; a copy in host memory costs more packed than it saves.
+        codec = CODEC_PACKED if vllm_config.device_config.device_type == "cuda" else CODEC_RAW
+        layout = chunk_layout(kv_cache_config, config.chunk.tokens, codec=codec)
         block_tokens = single_group(kv_cache_config).kv_cache_spec.block_size
         client = instance_id(vllm_config)
         self._scheduler: SchedulerConnector | None = None

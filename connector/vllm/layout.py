@@ -16,14 +16,14 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Uniform
 
 from kvstrata.connector.vllm.compat import cache_layout_extras
 from kvstrata.core.errors import UnsupportedModel
-from kvstrata.core.layout import CODEC_PACKED, ChunkLayout, LayerSpec, Part, PartKind, chunk_tokens_for
+from kvstrata.core.layout import CODEC_RAW, ChunkLayout, LayerSpec, Part, PartKind, chunk_tokens_for
 from kvstrata.cuda_ext.native import EngineCache, PlaneView
 
 _PROBE_BITS = 3  # values 0..7 are exact in every cache dtype, fp8 included
 
 
 def chunk_layout(
-    config: KVCacheConfig, chunk_tokens: int, tp_size: int = 1, codec: int = CODEC_PACKED
+    config: KVCacheConfig, chunk_tokens: int, tp_size: int = 1, codec: int = CODEC_RAW
 ) -> ChunkLayout:
     """The canonical layout of a model, the same on the scheduler side and on every worker.
 

@@ -69,7 +69,8 @@ def stored_bytes(layout: ChunkLayout, layer: LayerSpec, dim: int) -> int:
     raw = layout.chunk_tokens * dim * layer.item_bytes
     if layout.codec == CODEC_RAW or not can_pack(layout.chunk_tokens, dim, layer.dtype):
         return raw
-    assert (packed := packed_bytes(layout.chunk_tokens, dim)) < raw
+    packed = packed_bytes(layout.chunk_tokens, dim)
+    assert packed < raw
     return packed
 
 

@@ -26,7 +26,7 @@ class Shape:
 
 
 def noise(items: int, item_bytes: int, seed: int) -> torch.Tensor:
-    """Random bits. As bf16, nearly all lie within a few powers of two, as KV does; some are far below, or NaN."""
+    """Random bits. As bf16 nearly all lie within a few powers of two, as KV does; some far below, or NaN."""
     draw = random.Random(seed)
     found = torch.frombuffer(bytearray(draw.randbytes(items * item_bytes)), dtype=INTEGERS[item_bytes])
     if item_bytes == 2:
