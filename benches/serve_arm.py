@@ -254,7 +254,8 @@ class Arm:
             max_tokens=DECODE_STEPS + 50, ignore_eos=True, temperature=0.0, detokenize=False
         )
         for i in range(DECODERS):
-            engine.add_request(f"{name} decodes {i}", {"prompt_token_ids": prompt(512, f"{name} {i}")}, long)
+            (one,) = as_prompts([prompt(512, f"{name} {i}")])
+            engine.add_request(f"{name} decodes {i}", one, long)
         step, before, waiting, next_join = 0, None, list(injected), 2 * INJECT_EVERY
         while engine.has_unfinished_requests():
             if step >= next_join and waiting:
