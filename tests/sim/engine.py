@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvstrata.connector.books import Outbox, Save, SaveBook, Stage
-from kvstrata.connector.jobs import ChunkCopy, LoadJob, Report
+from kvstrata.connector.transfer import ChunkCopy, LoadJob, Report
 from kvstrata.controller.client import Answer, Lost
 from kvstrata.core.events import Match, Matched, Update, Updated
 from kvstrata.core.slots import Slot

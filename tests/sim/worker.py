@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvstrata.connector.jobs import ChunkCopy, LoadJob, Report, SaveJob
+from kvstrata.connector.transfer import ChunkCopy, LoadJob, Report, SaveJob
 from tests.sim.clock import Process
 from tests.sim.memory import Memory, Range
 
