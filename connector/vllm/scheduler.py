@@ -38,6 +38,7 @@ _EXPIRY_EVERY_S = 1.0
 _ASK_AGAIN_S = 1.0
 _UNANSWERED_MAX = 32  # lookups under way; more would only wait for each other, and Updates for them
 _USED_EVERY = 32  # chunks
+_PATIENCE_S = 10.0  # an engine with news for a store that went out of reach stays awake for so long
 
 
 class SchedulerConnector:
@@ -63,6 +64,7 @@ class SchedulerConnector:
         self._outbox = Outbox()
         self._update: Update | None = None  # the one that is under way
         self._epoch: bytes | None = None  # of the store that the books are about
+        self._reached = 0.0  # when that store was in reach last, monotonic seconds
         self._numbers = itertools.count(1)
         self._new_loads: list[tuple[str, LoadJob]] = []
         self._wait_budget_s = config.lookup_wait
@@ -335,7 +337,7 @@ class SchedulerConnector:
                     self.stats.count("loaded_tokens", loading.tokens)
                 if loading.epoch == self._epoch:
                     self._outbox.released.append(loading.lease)
-        self._outbox.corrupt += done.corrupt
+        self._outbox.corrupt += sorted(done.corrupt)  # a set has another order in every process
         if done.corrupt:
             self.stats.count("corrupt_chunks", len(done.corrupt))
 
@@ -436,6 +438,7 @@ class SchedulerConnector:
             for save in self._saves.of_other_stores(None):
                 self._give_up(save)
             return
+        self._reached = time.monotonic()
         if epoch == self._epoch:
             return
         self._epoch = epoch
@@ -467,8 +470,12 @@ class SchedulerConnector:
         return leases, jobs
 
     def busy(self) -> bool:
-        """Whether the engine must keep stepping: saves, news for the store, or leases that it may grant."""
-        if self._client.session is None:
+        """Whether the engine must keep stepping: saves, news for the store, or leases that it may grant.
+
+        Also for a while after the store went out of reach: one lost call is enough for that, and the
+        store that comes back still holds what this engine had from it. Nothing wakes an idle engine.
+        """
+        if self._client.session is None and time.monotonic() - self._reached > _PATIENCE_S:
             return self._saves.copying > 0
         return bool(self._saves or self._update or self._outbox or self._unanswered)
 

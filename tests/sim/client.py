@@ -1,6 +1,7 @@
 """The scheduler side's way to the store: one call at a time, a deadline, `Lost` instead of an error.
 
-A model of `kvstrata.controller.client.NodeClient`, with the clock of the simulation.
+A model of `kvstrata.controller.client.NodeClient`, with its face and the clock of the simulation. What
+the real one does on a thread happens here while the scheduler side waits, or just looks.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvstrata.controller.client import Answer, Call, Lost
-from kvstrata.core.events import Action, GrowPool, Refused, Why
+from kvstrata.controller.client import Answer, Call, Lost, Session
+from kvstrata.core.events import Action, GrowPool, Match, Refused, Why
 from tests.sim.store import SCHEDULER
 
 if TYPE_CHECKING:
@@ -18,30 +19,53 @@ if TYPE_CHECKING:
     from tests.sim.store import SimStore
 
 CALL_DEADLINE_S = 1.0
+_LOOK_S = 5e-6  # between two looks at `session` the client's thread may have changed it
 
 
 class SimClient:
-    """`session`: epoch of the store that answers; None while everything is a miss."""
-
     def __init__(self, engine: SimEngine) -> None:
         self._engine, self._process = engine, engine.process
+        self.client = engine.name
         self.rank = SCHEDULER
-        self.session: bytes | None = None
-        self.answers: deque[tuple[bytes, Call, Answer]] = deque()
-        self.seq = 0
+        self._session: Session | None = None
+        self._answers: deque[tuple[Session, Call, Answer]] = deque()
+        self._seq = 0
         self._store: SimStore | None = None
-        self._calls: deque[tuple[bytes, Call]] = deque()
+        self._calls: deque[tuple[Session, Call]] = deque()
         self._waiting: object | None = None  # of the call that is under way
         self._connect()
         self._process.later(1.0, self._check_side)
 
-    def next_seq(self) -> int:
-        self.seq += 1
-        return self.seq
+    # --- the caller's side -------------------------------------------------------------------
 
-    def post(self, epoch: bytes, call: Call) -> None:
-        self._calls.append((epoch, call))
+    @property
+    def session(self) -> Session | None:
+        self._process.spend(_LOOK_S)
+        return self._session
+
+    def next_seq(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def post(self, session: Session, call: Call) -> None:
+        self._calls.append((session, call))
         self._send_next()
+
+    def collect(self, wait_s: float = 0.0) -> tuple[Session, Call, Answer] | None:
+        if wait_s > 0 and not self._answers:
+            self._process.spend(wait_s, lambda: bool(self._answers))
+        return self._answers.popleft() if self._answers else None
+
+    def close(self) -> None:
+        """Nothing to do: the world says bye for its engines."""
+
+    # --- for the simulation ------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """Connected to the store that is running, with no call under way."""
+        connected = self._session is not None and self._session.epoch == self._engine.world.store.epoch
+        return connected and self._waiting is None and not self._calls
 
     def side_broke(self) -> None:
         """The store has closed the connection; an idle client notices within a second."""
@@ -60,45 +84,45 @@ class SimClient:
 
     def _opened(self, store: SimStore, opened: object) -> None:
         if opened and self._store is store:
-            self.session = store.epoch
+            self._session = Session(store.epoch)
             self._send_next()
         else:
             self._lost()
 
     def _lost(self) -> None:
         """The call failed: so do all that wait, and there is no session for a while."""
-        self.session = None
+        self._session = None
         while self._calls:
-            self.answers.append((*self._calls.popleft(), Lost()))
+            self._answers.append((*self._calls.popleft(), Lost()))
         self._process.later(self._engine.world.clock.random.uniform(0.2, 1.0), self._connect)
 
     def _check_side(self) -> None:
         alive = self._store is not None and self._store.alive
-        if not alive and self.session is not None and self._waiting is None:
+        if not alive and self._session is not None and self._waiting is None:
             self._lost()
         self._process.later(1.0, self._check_side)
 
     # --- calls -------------------------------------------------------------------------------
 
     def _send_next(self) -> None:
-        if self._waiting is not None or self.session is None or not self._calls:
+        if self._waiting is not None or self._session is None or not self._calls:
             return
-        epoch, call = self._calls.popleft()
+        session, call = self._calls.popleft()
         store = self._store
-        if epoch != self.session or store is None:
-            self.answers.append((epoch, call, Lost()))
+        if session.epoch != self._session.epoch or store is None:
+            self._answers.append((session, call, Lost()))
             self._send_next()
             return
 
         def answered(answer: object) -> None:
-            self.answers.append((epoch, call, answer))  # type: ignore[arg-type]
+            self._answers.append((session, call, answer))  # type: ignore[arg-type]
             if answer == Refused(Why.UNKNOWN_CLIENT):
                 self._lost()  # the store wants to be told again who asks
             self._send_next()
 
         def lost() -> None:
-            self.answers.append((epoch, call, Lost()))
-            self._engine.world.seen["lost_calls"] += 1
+            self._answers.append((session, call, Lost()))
+            self._engine.world.seen["lost_matches" if isinstance(call, Match) else "lost_updates"] += 1
             self._lost()
 
         self._request(lambda: _only(store.apply(call)), answered, lost)

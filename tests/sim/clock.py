@@ -6,6 +6,11 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
+from contextlib import suppress
+
+
+class Killed(Exception):
+    """A process was killed in the middle of something."""
 
 
 class Clock:
@@ -21,11 +26,18 @@ class Clock:
         heapq.heappush(self._calls, (self.now + seconds, next(self._order), call))
 
     def run(self, until: float, finished: Callable[[], bool] = lambda: False) -> None:
-        """Let time pass up to `until`, or up to the moment at which `finished` says so."""
+        """Let time pass up to `until`, or up to the moment at which `finished` says so.
+
+        A call may itself let time pass: whatever comes due meanwhile happens inside it.
+        """
         while self._calls and self._calls[0][0] <= until and not finished():
             self.now, _, call = heapq.heappop(self._calls)
             call()
         self.now = max(self.now, until) if not finished() else self.now
+
+    def monotonic(self) -> float:
+        """So that it can take the place of the `time` module."""
+        return self.now
 
 
 class Process:
@@ -45,7 +57,18 @@ class Process:
         if self.alive and self.stopped:
             self._put_off.append(call)
         elif self.alive:
-            call()
+            with suppress(Killed):
+                call()
+
+    def spend(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """It waits, or computes, up to `seconds`, while everybody else goes on. A stop comes afterwards.
+
+        Raises:
+            Killed: somebody has killed it meanwhile.
+        """
+        self.clock.run(self.clock.now + seconds, enough)
+        if not self.alive:
+            raise Killed
 
     def go_on(self) -> None:
         self.stopped = False

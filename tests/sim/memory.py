@@ -74,6 +74,12 @@ class Memory:
             self.wrong.append(f"{who} read {where} while it was written")
         return True
 
+    def holds(self, where: Range, key: bytes) -> bool:
+        """Whether it was written there, whatever has happened to it at rest."""
+        wanted = [(key, part) for part in where.parts]
+        seen = [self.contents.get(cell, TORN) for cell in where.cells()]
+        return all(content in (FLIPPED, good) for content, good in zip(seen, wanted, strict=True))
+
     def flip(self, cell: Cell) -> None:
         if cell not in self.writing and cell in self.contents:
             self._put(cell, FLIPPED)

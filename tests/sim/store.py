@@ -19,16 +19,18 @@ from kvstrata.core.events import (
     SegmentRegistered,
     Tick,
     Update,
+    WorkerDisconnected,
 )
 from kvstrata.core.planner import Planner
 from tests.sim.clock import Process
-from tests.sim.memory import Memory
+from tests.sim.memory import Memory, Range
 
 if TYPE_CHECKING:
     from tests.sim.engine import SimEngine
     from tests.sim.world import World
 
 TICK_S = 1.0
+AGAIN_S = 5.0  # until a segment that a worker could not map is offered again
 SCHEDULER = -1  # its rank on the side socket
 
 
@@ -47,12 +49,12 @@ class SimStore(Process):
 
     def apply(self, event: Event) -> list[Action]:
         """Feed one event; make segments; note everything; the audit must find nothing."""
-        self._note_late_commits(event)
+        self._note_commits(event)
         actions = self.planner.step(event, self.clock.now)
         self.world.trace.append((self.clock.now, self.epoch, event, actions))
         for problem in audit(self.planner):
             self.world.wrong.append(f"audit: {problem}")
-        answers = []
+        answers: list[Action] = []
         for action in actions:
             self.world.note(event, action)
             if isinstance(action, GrowPool):
@@ -78,11 +80,18 @@ class SimStore(Process):
         self.world.seen["overdue_slots"] += self._overdue() - before
         self.later(TICK_S, self._tick)
 
-    def _note_late_commits(self, event: Event) -> None:
+    def _note_commits(self, event: Event) -> None:
+        """What is about to become visible must have been written."""
         client = self.planner.clients.get(event.client) if isinstance(event, Update) else None
-        if client is not None and isinstance(event, Update) and event.seq > client.seq:
-            late = [job for job in event.committed if job in client.jobs and client.jobs[job].overdue]
-            self.world.seen["late_commits"] += len(late)
+        if client is None or not isinstance(event, Update) or event.seq <= client.seq:
+            return
+        claims = [client.jobs[job] for job in event.committed if job in client.jobs]
+        self.world.seen["late_commits"] += sum(claim.overdue for claim in claims)
+        for claim in claims:
+            entry, slot = claim.entries[0], claim.entries[0].slot
+            where = Range.of(slot.segment, slot.offset, slot.nbytes, 0, 1)
+            if not claim.overdue and not self.memory.holds(where, entry.key):
+                self.world.wrong.append(f"{event.client} commits {entry.key!r}, which is not in {where}")
 
     def _overdue(self) -> int:
         return sum(self.planner.overdue_slots(client) for client in self.planner.clients.values())
@@ -103,14 +112,20 @@ class SimStore(Process):
         """One connection breaks, its process lives. False: there is none."""
         if not self._connections.get(name, {}).get(rank):
             return False
+        self._end_connection(name, rank)
+        return True
+
+    def _end_connection(self, name: str, rank: int) -> None:
         self._connections[name][rank] = False
         self.apply(ClientStopped(name))
-        return True
+        if rank != SCHEDULER:
+            self.apply(WorkerDisconnected(name, rank))
 
     def disconnected(self, name: str) -> None:
         """All connections of an engine have ended."""
-        self._connections[name] = dict.fromkeys(self._connections.get(name, ()), False)
-        self.apply(ClientStopped(name))
+        for rank, is_open in self._connections.get(name, {}).items():
+            if is_open:
+                self._end_connection(name, rank)
 
     def gone(self, name: str) -> None:
         """All processes of an engine have, and no device works for them any more."""
@@ -137,6 +152,13 @@ class SimStore(Process):
                     if (name, worker.rank, segment) not in self._sent:
                         self._sent.add((name, worker.rank, segment))
                         worker.offered(self, segment)
+
+    def unusable(self, name: str, rank: int, segment: int) -> None:
+        def again() -> None:
+            self._sent.discard((name, rank, segment))
+            self.offer_segments()
+
+        self.later(AGAIN_S, again)
 
     def registered(self, name: str, rank: int, segment: int) -> None:
         self.apply(SegmentRegistered(name, rank, segment))

@@ -1,4 +1,4 @@
-"""A worker process: copies between blocks and slots, one at a time, loads before saves.
+"""A worker process: computes steps, and copies between blocks and slots, one at a time, loads before saves.
 
 On a device a copy that was begun goes on without its process: it ends on time while the process is
 stopped, and even when it was killed. On a CPU it stands still with it.
@@ -7,17 +7,27 @@ stopped, and even when it was killed. On a CPU it stands still with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvstrata.connector.transfer import ChunkCopy, LoadJob, Report, SaveJob
+from kvstrata.connector.vllm.metadata import WorkDone
+from tests.sim.blocks import TORN, DeviceCache
 from tests.sim.clock import Process
 from tests.sim.memory import Memory, Range
+from tests.sim.requests import Results, Step
 
 if TYPE_CHECKING:
     from tests.sim.engine import SimEngine
     from tests.sim.store import SimStore
+
+STEP_S = 0.03
+IDLE_STEP_S = 0.01
+FAILING = 0.004  # share of copies that cannot be begun
+SLOW = 0.05  # share of copies that take long
+UNUSABLE = 0.02  # share of segments that cannot be mapped at first
 
 
 @dataclass
@@ -31,17 +41,27 @@ class Copy:
 
 
 class SimWorker(Process):
-    def __init__(self, engine: SimEngine, rank: int) -> None:
+    def __init__(self, engine: SimEngine, rank: int, blocks: int) -> None:
         super().__init__(engine.world.clock)
         self.engine, self.rank = engine, rank
         self.store: SimStore | None = None  # whose side socket it is connected to
         self.copy: Copy | None = None
+        self.cache = DeviceCache(blocks)
         self._mapped: dict[tuple[bytes, int], Memory] = {}
+        self._unmapped: set[bytes] = set()  # stores whose connection broke once
+        self._steps: deque[Step] = deque()
+        self._step: Step | None = None
+        self._flushing: set[int] = set()  # saves that the step waits for
         self._loads: deque[LoadJob] = deque()
         self._saves: dict[int, SaveJob] = {}
-        self._urgent: set[int] = set()
-        self._busy = False
+        self._requests: dict[int, tuple[str, LoadJob]] = {}
+        self._running: int | None = None  # the job whose copy is under way
+        self._reports: list[Report] = []
         self._connect()
+
+    @property
+    def idle(self) -> bool:
+        return self._running is None and not (self._loads or self._saves or self._step)
 
     # --- segments ----------------------------------------------------------------------------
 
@@ -49,39 +69,106 @@ class SimWorker(Process):
         """Follow the store that is running, as a worker's side thread does."""
         store = self.engine.world.store
         if self.store is not store:
+            self.side_broke()
             self.store = store
             store.hello(self.engine, self.rank)
         self.later(0.5, self._connect)
 
     def side_broke(self) -> None:
+        """What that store has offered is unmapped, until it offers it again."""
+        if self.store is not None:
+            self._unmapped.add(self.store.epoch)
+            self._mapped = {at: memory for at, memory in self._mapped.items() if at[0] != self.store.epoch}
         self.store = None
 
     def offered(self, store: SimStore, segment: int) -> None:
-        def registered() -> None:
-            self._mapped[store.epoch, segment] = store.memory
-            store.run(lambda: store.registered(self.engine.name, self.rank, segment))
+        def mapped() -> None:
+            if self.store is not store:
+                return
+            faulty = self.engine.world.network.faulty
+            usable = not faulty or self.clock.random.random() > UNUSABLE
+            if usable:
+                self._mapped[store.epoch, segment] = store.memory
+            answer = store.registered if usable else store.unusable
+            store.run(partial(answer, self.engine.name, self.rank, segment))
 
-        self.later(self.clock.random.uniform(0.001, 0.4), registered)
+        self.later(self.clock.random.uniform(0.001, 0.4), mapped)
+
+    # --- steps -------------------------------------------------------------------------------
+
+    def execute(self, step: Step) -> None:
+        self._steps.append(step)
+        self._next_step()
+
+    def _next_step(self) -> None:
+        if self._step is None and self._steps:
+            step = self._step = self._steps.popleft()
+            self._saves.update((save.job, save) for save in step.work.saves)
+            self._flushing = {job for job in step.work.flush if job in self._saves or job == self._running}
+            self.engine.world.seen["flushed"] += bool(self._flushing)
+            if self._flushing:
+                self._next()
+            else:
+                self._compute(step)
+
+    def _compute(self, step: Step) -> None:
+        """What the step overwrites is copied: the loads and the forward pass begin."""
+        for request_id, load in step.work.loads:
+            self._requests[load.job] = (request_id, load)
+            self._loads.append(load)
+        self._next()
+        for part in step.scheduled:
+            self.cache.put(part.blocks, part.start, [TORN] * len(part.contents))
+        usual = STEP_S if step.scheduled else IDLE_STEP_S
+        self.later(usual * self.clock.random.uniform(0.5, 1.5), partial(self._computed, step))
+
+    def _computed(self, step: Step) -> None:
+        for part in step.scheduled:
+            self.cache.put(part.blocks, part.start, part.contents)
+        for part in step.scheduled:
+            if part.admitted and not self.cache.holds(part.blocks, part.truth, part.start):
+                who = f"{self.engine.name}/{self.rank}"
+                self.engine.world.wrong.append(f"{who} starts {part.request.request_id} on wrong KV")
+        results = self._results()
+        self.engine.process.run(partial(self.engine.step_ended, step, results))
+        self._step = None
+        self._next_step()
+
+    def _results(self) -> Results:
+        """What has ended since the last step, as `WorkerConnector` says it."""
+        results, done = Results(), WorkDone()
+        for report in self._reports:
+            if report.job not in self._requests:
+                done.saved[report.job] = 1
+                if not report.ok:
+                    done.unsaved.add(report.job)
+                continue
+            request_id, load = self._requests.pop(report.job)
+            results.loaded.append(request_id)
+            done.loaded[report.job] = 1
+            if not report.ok:
+                done.failed_from[report.job] = report.failed_from
+                missing = load.chunks[report.failed_from :]
+                results.bad_blocks.update(block for chunk in missing for block in chunk.blocks if block >= 0)
+            if report.corrupt is not None:
+                done.corrupt.add(report.corrupt)
+        self._reports.clear()
+        results.done = done if done else None
+        return results
 
     # --- jobs --------------------------------------------------------------------------------
 
-    def submit(
-        self, loads: Iterable[LoadJob] = (), saves: Iterable[SaveJob] = (), urgent: Iterable[int] = ()
-    ) -> None:
-        """`urgent` saves come first: the engine waits for them, to overwrite their blocks."""
-        self._loads.extend(loads)
-        self._saves.update((save.job, save) for save in saves)
-        self._urgent.update(urgent)
-        self._next()
-
-    def drop_queue(self) -> None:
+    def close(self) -> None:
+        """Begin nothing any more."""
         self._loads.clear()
         self._saves.clear()
+        self._steps.clear()
+        self._flushing.clear()
 
     def _next(self) -> None:
-        if self._busy or not self.alive:
+        if self._running is not None or not self.alive:
             return
-        urgent = next((job for job in self._saves if job in self._urgent), None)
+        urgent = next((job for job in self._saves if job in self._flushing), None)
         if urgent is not None:
             self._save(self._saves.pop(urgent))
         elif self._loads:
@@ -90,20 +177,27 @@ class SimWorker(Process):
             self._save(self._saves.pop(next(iter(self._saves))))
 
     def _ended(self, report: Report) -> None:
-        self._busy = False
-        self.engine.reported(self.rank, report)
+        self._running = None
+        self._reports.append(report)
+        if report.job in self._flushing:
+            self._flushing.discard(report.job)
+            if not self._flushing and self._step is not None:
+                self._compute(self._step)
         self._next()
 
     def _save(self, job: SaveJob) -> None:
-        source = self.engine.source(job.chunk)
-        versions = self.engine.block_versions(job.chunk.blocks)
+        world, blocks = self.engine.world, job.chunk.blocks
+        whole = self.cache.read(blocks) == world.meaning[job.chunk.key]
+        versions = self.cache.versions(blocks)
 
         def ended(copy: Copy) -> None:
-            unchanged = versions == self.engine.block_versions(job.chunk.blocks)
-            copy.memory.end_write(copy.where, source if unchanged else None)
+            right = whole and versions == self.cache.versions(blocks)
+            copy.memory.end_write(copy.where, job.chunk.key if right else None)
+            if not right:
+                world.wrong.append(f"{self._name(job.job)} saved other bytes than its chunk's")
 
-        begun = self._begin(job.epoch, job.chunk, True, ended, lambda: self._ended(Report(job.job, ok=True)))
-        if not begun:
+        self._running = job.job
+        if not self._begin(job.epoch, job.chunk, True, ended, lambda: self._ended(Report(job.job, ok=True))):
             self._ended(Report(job.job, ok=False))
 
     def _load(self, job: LoadJob, index: int) -> None:
@@ -116,6 +210,8 @@ class SimWorker(Process):
         def ended(copy: Copy) -> None:
             nonlocal good
             good = copy.memory.end_read(copy.where, chunk.key, began, self._name(job.job))
+            if good:
+                self.cache.put(chunk.blocks, 0, meant)
 
         def next_chunk() -> None:
             if good:
@@ -123,6 +219,9 @@ class SimWorker(Process):
             else:
                 self._ended(Report(job.job, ok=False, failed_from=index, corrupt=chunk.key))
 
+        self._running = job.job
+        meant = self.engine.world.meaning[chunk.key]
+        self.cache.put(chunk.blocks, 0, [TORN] * len(meant))
         memory = self._mapped.get((job.epoch, chunk.segment))
         began = memory.begin_read(self._range(chunk)) if memory else []
         too_late = self.clock.now > job.expires
@@ -140,15 +239,16 @@ class SimWorker(Process):
         told: Callable[[], None],
     ) -> bool:
         memory = self._mapped.get((epoch, chunk.segment))
-        if memory is None:
+        if memory is None and epoch not in self._unmapped:
             self.engine.world.wrong.append(f"{self._name(0)} got a slot in a segment that it has not mapped")
+        random, faulty = self.clock.random, self.engine.world.network.faulty
+        if memory is None or (faulty and random.random() < FAILING):
             return False
-        random = self.clock.random
-        seconds = random.uniform(0.1, 2.0) if random.random() < 0.02 else random.uniform(0.0005, 0.01)
+        slow = faulty and random.random() < SLOW
+        seconds = random.uniform(0.1, 2.0) if slow else random.uniform(0.0005, 0.01)
         copy = self.copy = Copy(memory, self._range(chunk), writes, self.clock.now + seconds)
         if writes:
             memory.begin_write(copy.where, self._name(chunk.offset))
-        self._busy = True
 
         def ends() -> None:
             self.copy = None

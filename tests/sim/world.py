@@ -6,19 +6,27 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
+from kvstrata.connector.vllm import scheduler
+from kvstrata.connector.vllm.scheduler import SchedulerConnector
 from kvstrata.core.catalogue import State
 from kvstrata.core.events import Action, Event, Refused, Updated, Why
 from kvstrata.core.planner import Limits, Planner
+from tests.sim.blocks import Truth
+from tests.sim.client import SimClient
 from tests.sim.clock import Clock
-from tests.sim.engine import SimEngine
+from tests.sim.engine import CHUNK_TOKENS, SimEngine
 from tests.sim.memory import CELL
 from tests.sim.network import Network
+from tests.sim.scheduler import Traits
 from tests.sim.store import SimStore
+from tests.sim.worker import SimWorker
 
 SLOT_SIZES = (2 * CELL, 3 * CELL)
 RUN_S = 12.0
 QUIET_S = 60.0
+CALM_S = 6.0  # until the last weights are read and the last segments are mapped
 CLAIM_DEADLINE_S = 2.0
 
 
@@ -33,7 +41,7 @@ class Run:
 
 
 class World:
-    def __init__(self, seed: int, planner: type[Planner] = Planner) -> None:
+    def __init__(self, seed: int, planner: type[Planner], connector: type[SchedulerConnector]) -> None:
         self.clock = Clock(seed)
         self.random = self.clock.random
         self.network = Network(self.clock)
@@ -41,9 +49,12 @@ class World:
         self.seen: Counter[str] = Counter()
         self.trace: list[tuple[Any, ...]] = []
         self.quiet = False
-        self.documents = self.random.randint(2, 4)
-        self.document_chunks = self.random.randint(3, 7)
-        self._planner_type = planner
+        self.truth = Truth()
+        self.meaning: dict[bytes, tuple[int, ...]] = {}  # of each key: the KV of its tokens
+        self._weights = itertools.count(1000)  # weights that are only one engine's have larger numbers
+        begin = [self.random.randrange(1000) for _ in range(CHUNK_TOKENS)]
+        self.documents = [self._document(begin) for _ in range(self.random.randint(2, 6))]
+        self._planner_type, self._connector_type = planner, connector
         self._names, self._epochs = itertools.count(1), itertools.count(1)
         slots = self.random.choice([8, 12, 16, 24, 48])
         self._limits = Limits(
@@ -65,6 +76,14 @@ class World:
         elif isinstance(action, Updated):
             self.seen.update(f"refused_{grant.value}" for grant in action.grants if isinstance(grant, Why))
 
+    def _document(self, begin: list[int]) -> list[int]:
+        """Some begin alike, and then go different ways."""
+        tokens = [self.random.randrange(1000) for _ in range(self.random.randint(20, 56))]
+        return begin + tokens[len(begin) :] if self.random.random() < 0.5 else tokens
+
+    def new_weights(self) -> int:
+        return next(self._weights)
+
     # --- what happens ------------------------------------------------------------------------
 
     def _new_store(self) -> SimStore:
@@ -74,8 +93,8 @@ class World:
     def _start_engine(self) -> None:
         name = f"engine{next(self._names)}"
         size = self.random.choice(self._sizes)
-        blocks = self.random.choice([24, 32, 64])
-        self.engines.append(SimEngine(self, name, size, self.random.choice([1, 2]), blocks))
+        traits = Traits.draw(self.random)
+        self.engines.append(SimEngine(self, name, size, traits, self._connector_type))
 
     def _misfortune(self) -> None:
         if self.quiet:
@@ -87,6 +106,7 @@ class World:
             self._break_connection: 1,
             self._flip_bits: 3,
             self._leave: 1,
+            self._reset: 2,
         }
         happens = self.random.choices(list(kinds), list(kinds.values()))[0]
         self.seen[happens.__name__.strip("_")] += 1
@@ -105,7 +125,7 @@ class World:
             engine = self.engines.pop(self.random.randrange(len(self.engines)))
             engine.process.alive = False
             for worker in engine.workers:
-                worker.drop_queue()
+                worker.close()
             self._bye(engine)
 
     def _bye(self, engine: SimEngine) -> None:
@@ -116,6 +136,7 @@ class World:
 
     def _end(self, engine: SimEngine, killed: bool) -> None:
         engine.process.alive = False
+        engine.close()
         store = self.store
         seconds = max([worker.kill() for worker in engine.workers])
         heard = self.random.uniform(0, seconds + 0.01)
@@ -140,15 +161,21 @@ class World:
     def _restart_store(self) -> None:
         """The store is gone with all its books; who maps its segments keeps them."""
         self.store.alive = False
+        self.seen.update(self.store.planner.counters)
         self.store = self._new_store()
 
     def _break_connection(self) -> None:
         """The store hangs up on a process of a living engine, which comes back."""
         if self.engines:
             engine = self.random.choice(self.engines)
-            end = self.random.choice([engine.client, *engine.workers])
+            ends: list[SimClient | SimWorker] = [engine.client, *engine.workers]
+            end = self.random.choice(ends)
             if self.store.hang_up(engine.name, end.rank):
                 end.side_broke()
+
+    def _reset(self) -> None:
+        if self.engines:
+            self.random.choice(self.engines).reset()
 
     def _flip_bits(self) -> None:
         cells = list(self.store.memory.contents)
@@ -167,6 +194,13 @@ class World:
                     process.go_on()
         self.clock.run(until=RUN_S + QUIET_S, finished=self._at_rest)
         self._check_at_rest()
+        if not self.wrong:
+            self.clock.run(until=self.clock.now + CALM_S)
+            for engine in self.engines:
+                self._check_works(engine)
+        self.seen.update(self.store.planner.counters)
+        for engine in self.engines:
+            engine.close()
 
     def _at_rest(self) -> bool:
         alive = {engine.name for engine in self.engines}
@@ -177,21 +211,40 @@ class World:
         planner = self.store.planner
         for engine in self.engines:
             if not engine.at_rest:
-                self.wrong.append(f"{engine.name} does not come to rest: {engine.requests}, {engine.outbox}")
+                self.wrong.append(f"{engine.name} does not come to rest: {engine.scheduler.requests}")
         for client in planner.clients.values():
             if client.leases or client.jobs:
-                self.wrong.append(f"{client.id} still holds {client.leases} {client.jobs}")
+                self.wrong.append(f"{client.id} still holds leases {[*client.leases]}, jobs {[*client.jobs]}")
         for entry in planner.catalogue:
             if entry.state is not State.READY or entry.readers:
                 self.wrong.append(f"{entry.key!r} is {entry.state.value} with {entry.readers} readers")
         used = sum(segment.used for segment in planner.slots.segments.values())
         if used != len(planner.catalogue):
             self.wrong.append(f"{used} slots in use for {len(planner.catalogue)} chunks")
-        self.seen.update(planner.counters)
+
+    def _check_works(self, engine: SimEngine) -> None:
+        """Whatever has happened before: what an engine computes in peace it loads when it is asked again."""
+        client = self.store.planner.clients[engine.name]
+        segments = [self.store.planner.slots.segments[segment] for segment in client.usable]
+        if sum(segment.total for segment in segments if segment.slot_bytes == client.slot_bytes) < 3:
+            return
+        script = [self.random.randrange(1000) for _ in range(3 * CHUNK_TOKENS + 2)]
+        before = engine.loaded_tokens
+        for _ in range(2):
+            engine.ask(script)
+            self.clock.run(until=self.clock.now + QUIET_S, finished=self._at_rest)
+        self.seen["asked_in_peace"] += 1
+        if engine.loaded_tokens < before + 3 * CHUNK_TOKENS:
+            self.wrong.append(f"{engine.name} does not find what it has computed in peace")
 
 
-def replay(seed: int, planner: type[Planner] = Planner) -> Run:
+def replay(
+    seed: int,
+    planner: type[Planner] = Planner,
+    connector: type[SchedulerConnector] = SchedulerConnector,
+) -> Run:
     """Run the host that `seed` describes. The same seed is the same run, event by event."""
-    world = World(seed, planner)
-    world.run()
+    world = World(seed, planner, connector)
+    with patch.multiple(scheduler, time=world.clock, _USED_EVERY=2, _UNANSWERED_MAX=4):
+        world.run()
     return Run(seed, world.wrong, world.seen, world.trace)

@@ -1,0 +1,292 @@
+"""The negative control: planners and connectors that break one promise each, and are caught.
+
+Without it, hundreds of quiet seeds would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvstrata.connector.books import Outbox, Save
+from kvstrata.connector.vllm.metadata import WorkDone
+from kvstrata.connector.vllm.requests import Tracked
+from kvstrata.connector.vllm.scheduler import SchedulerConnector
+from kvstrata.controller.client import Answer
+from kvstrata.core.catalogue import Catalogue, Cause, Entry
+from kvstrata.core.events import Action, ClientStopped, Event, Match, Matched, Refused, Update, Why
+from kvstrata.core.planner import Client, Planner
+from tests.sim.world import replay
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+SEEDS = 200
+
+# --- planners ---------------------------------------------------------------------------------------
+
+
+class FreesWhatIsOverdue(Planner):
+    """A deadline gives slots back, as if it could recall a copy in flight."""
+
+    def _mark_overdue(self, now: float) -> None:
+        for client in self.clients.values():
+            for job, claim in list(client.jobs.items()):
+                if claim.deadline < now:
+                    self.catalogue.move(client.jobs.pop(job).entries[0], Cause.ABORT)
+            for lease, claim in list(client.leases.items()):
+                if claim.deadline < now:
+                    self._let_go(client.leases.pop(lease))
+
+
+class FreesAtDisconnect(Planner):
+    """The end of a connection counts as the end of its processes."""
+
+    def step(self, event: Event, now: float) -> list[Action]:
+        if isinstance(event, ClientStopped):
+            self._reclaim(event.client)
+            return []
+        return super().step(event, now)
+
+
+class ForgetsReaders(Planner):
+    """An evicted chunk's slot is free at once, whoever reads it."""
+
+    def _make_room(self, client: Client, wanted: int, now: float) -> Iterator[bool]:
+        for key in list(self.catalogue._orders[client.slot_bytes].victims()):
+            entry = self.catalogue._visible[key]
+            if client.can_reach(entry):
+                self.catalogue.move(entry, Cause.DROP)
+                self.catalogue.move(entry, Cause.DRAINED)
+                entry.readers = 0
+                yield True
+
+
+class EagerCatalogue(Catalogue):
+    """Finds chunks that are still being written."""
+
+    def match(self, keys: object) -> list[Entry]:
+        found = []
+        for key in keys:  # type: ignore[attr-defined]
+            entry = self._visible.get(key)
+            if entry is None:
+                break
+            found.append(entry)
+        return found
+
+    def hold(self, entries: object) -> None:
+        for entry in entries:  # type: ignore[attr-defined]
+            entry.readers += 1
+
+
+class PublishesAtReserve(Planner):
+    """A chunk is found before its writers have finished."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.catalogue.__class__ = EagerCatalogue
+
+
+class ListensToTheOvertaken(Planner):
+    """A call that comes after a later one is answered, though its sender has given it up."""
+
+    def _heard(self, event: Match | Update) -> Client | Refused:
+        client = self.clients.get(event.client)
+        if client is None:
+            return Refused(Why.UNKNOWN_CLIENT)
+        client.seq = max(client.seq, event.seq)
+        return client
+
+
+# --- connectors -------------------------------------------------------------------------------------
+
+
+class SleepsOnQuestions(SchedulerConnector):
+    """Nothing keeps the engine awake for a lease that the store may be granting."""
+
+    def busy(self) -> bool:
+        unanswered = self._unanswered.copy()
+        self._unanswered.clear()
+        busy = super().busy()
+        self._unanswered.update(unanswered)
+        return busy
+
+
+class SleepsOnNews(SchedulerConnector):
+    """The store hears the rest when the next request comes."""
+
+    def busy(self) -> bool:
+        return False
+
+
+class OverwritesBlocks(SchedulerConnector):
+    """Blocks are reused before they are copied."""
+
+    def _flush_overwritten(self, taken: Iterable[int]) -> list[int]:
+        return []
+
+
+class LoadsOverSaves(SchedulerConnector):
+    """Blocks that a load writes are not looked at."""
+
+    def _flush_overwritten(self, taken: Iterable[int]) -> list[int]:
+        loaded = {block for _, load in self._new_loads for chunk in load.chunks for block in chunk.blocks}
+        return super()._flush_overwritten(block for block in taken if block not in loaded)
+
+
+class LoadsSharedBlocks(SchedulerConnector):
+    """A load also writes the blocks that the prefix cache has found."""
+
+    def _chunk_blocks(self, blocks: list[int], chunk: int, start: int, end: int) -> tuple[int, ...]:
+        return super()._chunk_blocks(blocks, chunk, 0, end)
+
+
+class KeepsOldBlocks(SchedulerConnector):
+    """A request that was preempted is believed to have its old blocks."""
+
+    def _note_scheduled(self, output: SchedulerOutput) -> None:
+        output.scheduled_cached_reqs.resumed_req_ids.clear()
+        super()._note_scheduled(output)
+
+
+class QueuesWithLeases(SchedulerConnector):
+    """A request keeps its lease for as long as it queues."""
+
+    def _expire_lookups(self) -> None:
+        pass
+
+
+class IgnoresLateAnswers(SchedulerConnector):
+    """A lease that came too late is kept."""
+
+    def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
+        wanted = call.lease in self._lookups
+        super()._match_answered(epoch, call, answer if wanted else Matched((), being_written=False))
+
+
+class AbortsInSilence(SchedulerConnector):
+    """A slot for a save that was given up is never given back."""
+
+    def _give_up(self, save: Save) -> None:
+        self._saves.drop(save.job)
+
+
+class CommitsWhatFailed(SchedulerConnector):
+    """A chunk that some rank could not write becomes visible."""
+
+    def work_done(self, done: WorkDone) -> None:
+        done.unsaved.clear()
+        super().work_done(done)
+
+
+class ForgetsNothing(SchedulerConnector):
+    """After a reset it finds what other weights have computed."""
+
+    def reset(self) -> None:
+        pass
+
+
+class KeepsItsKeys(SchedulerConnector):
+    """Requests that were under way at a reset are still saved, under keys of the weights before it."""
+
+    def reset(self) -> None:
+        self._identity.new_generation()
+
+
+class MissesTheRestart(SchedulerConnector):
+    """Another store is spoken to as if it were the one before."""
+
+    def _follow(self, epoch: bytes | None) -> None:
+        if self._epoch is None or epoch is None:
+            super()._follow(epoch)
+
+
+class OutboxThatLoses(Outbox):
+    """What was in an Update that got lost is not said again."""
+
+    def take_back(self, update: Update) -> None:
+        pass
+
+
+class LosesUpdates(SchedulerConnector):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._outbox = OutboxThatLoses()
+
+
+class GivesUpForGood(SchedulerConnector):
+    """Once the store was out of reach it is not asked again."""
+
+    _gone = False
+
+    def _follow(self, epoch: bytes | None) -> None:
+        self._gone = self._gone or epoch is None
+        super()._follow(epoch)
+
+    def _look_up(self, tracked: Tracked) -> None:
+        if not self._gone:
+            super()._look_up(tracked)
+
+
+# --- and how they are caught -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("planner", "symptom"),
+    [
+        (FreesWhatIsOverdue, " read "),
+        (FreesAtDisconnect, " at once"),
+        (ForgetsReaders, " read "),
+        (PublishesAtReserve, " read "),
+        (ListensToTheOvertaken, "still holds"),
+    ],
+)
+def test_a_planner_that_breaks_a_promise_is_caught(planner: type[Planner], symptom: str) -> None:
+    for seed in range(SEEDS):
+        if any(symptom in sentence for sentence in caught(seed, planner=planner)):
+            return
+    pytest.fail(f"{planner.__name__} went unnoticed in {SEEDS} runs")
+
+
+@pytest.mark.parametrize(
+    ("connector", "symptom"),
+    [
+        (SleepsOnQuestions, "slept with leases"),
+        (SleepsOnNews, "slept with leases"),
+        (OverwritesBlocks, "saved other bytes"),
+        (LoadsOverSaves, "saved other bytes"),
+        (LoadsSharedBlocks, "on wrong KV"),
+        (KeepsOldBlocks, "saved other bytes"),
+        (QueuesWithLeases, "queues with lease"),
+        (IgnoresLateAnswers, "still holds"),
+        (AbortsInSilence, "still holds"),
+        (CommitsWhatFailed, "commits"),
+        (ForgetsNothing, "the key of another KV"),
+        (KeepsItsKeys, "saved other bytes"),
+        (MissesTheRestart, "does not come to rest"),
+        (LosesUpdates, "still holds"),
+        (GivesUpForGood, "computed in peace"),
+    ],
+)
+def test_a_connector_that_breaks_a_promise_is_caught(
+    connector: type[SchedulerConnector], symptom: str
+) -> None:
+    for seed in range(SEEDS):
+        if any(symptom in sentence for sentence in caught(seed, connector=connector)):
+            return
+    pytest.fail(f"{connector.__name__} went unnoticed in {SEEDS} runs")
+
+
+def caught(
+    seed: int,
+    planner: type[Planner] = Planner,
+    connector: type[SchedulerConnector] = SchedulerConnector,
+) -> list[str]:
+    """What went wrong, but for what the audit says: the bytes must tell by themselves."""
+    try:
+        wrong = replay(seed, planner, connector).wrong
+    except (ValueError, KeyError, AssertionError):
+        return []  # its books broke first: another seed will show the bytes
+    return [sentence for sentence in wrong if not sentence.startswith("audit")]
