@@ -14,9 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvstrata.connector.jobs import ChunkCopy, Fence, LoadJob, Report, SaveJob
-
-__all__ = ["ChunkCopy", "Copies", "Fence", "LoadJob", "Report", "Role", "SaveJob", "Transfer"]
+from kvstrata.connector.jobs import Fence, LoadJob, Report, SaveJob
 
 
 class Copies(Protocol):

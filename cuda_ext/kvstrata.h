@@ -1,8 +1,8 @@
 /* The C ABI of the copy layer: engine blocks <-> canonical chunks, and checksums.
  *
- * Rules: raw pointers and fixed-size types only; no state, no allocation, no error text. Arguments are
- * trusted: the typed face (native.py) checks them. Every function may run in many threads at once, as
- * long as no two write the same bytes. Any change of a struct or a signature bumps KVS_ABI_VERSION.
+ * Rules: raw pointers and fixed-size types only; no error text; on a CPU no state, and no memory but one
+ * unpacked sub-block a call. Arguments are trusted: the typed faces (native.py, device.py) check them.
+ * Every function may run in many threads at once, as long as no two write the same bytes. Any change of a struct or a signature bumps KVS_ABI_VERSION.
  */
 #ifndef KVSTRATA_H
 #define KVSTRATA_H

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvstrata.connector.transfer import ChunkCopy, LoadJob, Report, SaveJob
+from kvstrata.connector.jobs import ChunkCopy, LoadJob, Report, SaveJob
 from kvstrata.connector.vllm.metadata import WorkDone
 from tests.sim.blocks import TORN, DeviceCache
 from tests.sim.clock import Process
