@@ -1,7 +1,8 @@
 // The pipe: chunks between pinned host memory and engine blocks, through slabs of staging memory.
 //
 // Rule of this file: everything is enqueued; a caller waits for a slab, and at last for its own end.
-// Copies go on one stream and kernels on another, so that a slab is filled while another is worked on.
+// Kernels go on one stream. Copies take turns on two others: after each, an event makes the copy engine
+// wait until its bytes have arrived, and meanwhile the other stream's copy uses the link.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -24,11 +25,18 @@ struct Run {  // bytes of a slot that this pipe copies
 // As many layers as fit in a slab.
 struct Piece {
     int32_t first_plane = 0, planes = 0, sub_blocks = 0;
-    int64_t unpacked_bytes = 0, stored_bytes = 0, tables_bytes = 0;  // of the largest sub-block
+    int64_t stored_bytes = 0, tables_bytes = 0;  // of the largest sub-block
     std::vector<Run> runs;
 
     int64_t offset() const { return runs.front().offset; }
     int64_t end() const { return runs.back().offset + runs.back().nbytes; }
+};
+
+// A chunk as one codec stores it.
+struct Plan {
+    std::vector<Piece> pieces;
+    kvs_plane* planes = nullptr;  // in device memory, as the next
+    int32_t* first_of = nullptr;
 };
 
 struct Slab {
@@ -38,6 +46,9 @@ struct Slab {
 };
 
 constexpr int SHARED_OF_KERNELS = 1024;  // more than their own variables need
+constexpr int64_t PIECES = 8;  // that fit in staging memory; small ones stay in the GPU's cache
+constexpr int64_t SLABS_MIN = 3, SLABS_MAX = 32;
+constexpr int COPY_STREAMS = 2;
 
 }  // namespace
 
@@ -50,12 +61,12 @@ struct kvs_ticket {
 
 struct kvs_pipe {
     kvs_pipe_shape shape;
-    std::vector<Piece> pieces;
+    std::vector<Plan> plans;
     std::vector<Slab> slabs;
     std::vector<kvs_ticket*> tickets;  // not in use
-    kvs_plane* planes = nullptr;
-    int32_t* first_of = nullptr;
-    cudaStream_t copies = nullptr, kernels = nullptr;
+    cudaStream_t copies[COPY_STREAMS] = {}, kernels = nullptr;
+    cudaEvent_t read = nullptr;  // all saves enqueued so far have read their blocks
+    cudaEvent_t other = nullptr;  // the second stream of copies
     int shared_max = 0;  // bytes of shared memory that one thread block may have
     size_t next_slab = 0;
     std::mutex turn;  // calls enqueue one after the other; they wait for their ends together
@@ -110,7 +121,7 @@ std::vector<Piece> cut(const kvs_pipe_shape& shape, const kvs_plane* planes, int
         const int64_t nbytes = sub_block_bytes(plane, shape.chunk_tokens);
         const int64_t to = from + (plane.heads - 1) * plane.slot_stride + nbytes;
         // A layer's planes lie between each other's heads: they overlap.
-        if (pieces.empty() || (from >= end && to - begin > shape.slab_bytes)) {
+        if (pieces.empty() || (from >= end && to - begin > shape.staging_bytes / PIECES)) {
             pieces.emplace_back();
             pieces.back().first_plane = static_cast<int32_t>(p);
             begin = end = from;
@@ -122,7 +133,6 @@ std::vector<Piece> cut(const kvs_pipe_shape& shape, const kvs_plane* planes, int
         if (plane.codec == KVS_PACKED) {
             const kvs::Packed size = {shape.chunk_tokens * int64_t{plane.dim}, plane.dim};
             const int64_t tables = sizeof(int32_t) * (plane.dim + size.escapes_max());
-            piece.unpacked_bytes = std::max(piece.unpacked_bytes, 2 * size.elements);
             piece.tables_bytes = std::max(piece.tables_bytes, tables);
         }
         first_of->push_back(piece.sub_blocks);
@@ -136,15 +146,16 @@ std::vector<Piece> cut(const kvs_pipe_shape& shape, const kvs_plane* planes, int
 }
 
 // Shared memory for a sub-block of so many bytes, in whole vectors; 0 if there is not as much.
-int32_t room_for(const kvs_pipe& pipe, int64_t nbytes, int64_t tables) {
+int32_t room_for(const kvs_pipe& pipe, int64_t nbytes) {
     const int64_t room = (nbytes + 15) / 16 * 16;
-    return room + tables <= pipe.shared_max ? static_cast<int32_t>(room) : 0;
+    return room <= pipe.shared_max ? static_cast<int32_t>(room) : 0;
 }
 
 Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const kvs_chunk& chunk, int64_t* flag) {
+    const Plan& plan = pipe.plans[static_cast<size_t>(chunk.plan)];
     Job job = {};
-    job.planes = pipe.planes + piece.first_plane;
-    job.first_of = pipe.first_of + piece.first_plane;
+    job.planes = plan.planes + piece.first_plane;
+    job.first_of = plan.first_of + piece.first_plane;
     job.n_planes = piece.planes;
     job.block_tokens = pipe.shape.block_tokens;
     job.chunk_tokens = pipe.shape.chunk_tokens;
@@ -158,7 +169,8 @@ Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const kvs
 }
 
 // The next slab, once nobody needs its bytes: what is under way and cannot be recalled stays bounded.
-int take_slab(kvs_pipe& pipe, Slab** slab) {
+int take_slab(kvs_pipe& pipe, Slab** slab, cudaStream_t* copies) {
+    *copies = pipe.copies[pipe.next_slab % COPY_STREAMS];
     *slab = &pipe.slabs[pipe.next_slab++ % pipe.slabs.size()];
     KVS_TRY(cudaEventSynchronize((*slab)->free));
     return 0;
@@ -166,15 +178,16 @@ int take_slab(kvs_pipe& pipe, Slab** slab) {
 
 int load_piece(kvs_pipe& pipe, const Piece& piece, const kvs_chunk& chunk, int64_t* flag) {
     Slab* slab;
-    if (const int error = take_slab(pipe, &slab)) return error;
+    cudaStream_t copies;
+    if (const int error = take_slab(pipe, &slab, &copies)) return error;
     for (const Run& run : piece.runs) {
         KVS_TRY(cudaMemcpyAsync(slab->data + (run.offset - piece.offset()), chunk.slot + run.offset,
-                                run.nbytes, cudaMemcpyHostToDevice, pipe.copies));
+                                run.nbytes, cudaMemcpyHostToDevice, copies));
     }
-    KVS_TRY(cudaEventRecord(slab->filled, pipe.copies));
+    KVS_TRY(cudaEventRecord(slab->filled, copies));
     KVS_TRY(cudaStreamWaitEvent(pipe.kernels, slab->filled, 0));
     Job job = job_of(pipe, piece, *slab, chunk, flag);
-    job.room = room_for(pipe, piece.stored_bytes, 0);
+    job.room = room_for(pipe, piece.stored_bytes);
     scatter_kernel<<<piece.sub_blocks, THREADS, job.room, pipe.kernels>>>(job);
     KVS_TRY(cudaGetLastError());
     KVS_TRY(cudaEventRecord(slab->free, pipe.kernels));
@@ -183,19 +196,27 @@ int load_piece(kvs_pipe& pipe, const Piece& piece, const kvs_chunk& chunk, int64
 
 int save_piece(kvs_pipe& pipe, const Piece& piece, const kvs_chunk& chunk, int64_t* flag) {
     Slab* slab;
-    if (const int error = take_slab(pipe, &slab)) return error;
-    Job job = job_of(pipe, piece, *slab, chunk, flag);
-    job.room = room_for(pipe, piece.unpacked_bytes, piece.tables_bytes);
-    gather_kernel<<<piece.sub_blocks, THREADS, job.room + piece.tables_bytes, pipe.kernels>>>(job);
+    cudaStream_t copies;
+    if (const int error = take_slab(pipe, &slab, &copies)) return error;
+    const Job job = job_of(pipe, piece, *slab, chunk, flag);
+    gather_kernel<<<piece.sub_blocks, THREADS, piece.tables_bytes, pipe.kernels>>>(job);
     KVS_TRY(cudaGetLastError());
     KVS_TRY(cudaEventRecord(slab->filled, pipe.kernels));
-    KVS_TRY(cudaStreamWaitEvent(pipe.copies, slab->filled, 0));
+    KVS_TRY(cudaStreamWaitEvent(copies, slab->filled, 0));
     for (const Run& run : piece.runs) {
         KVS_TRY(cudaMemcpyAsync(chunk.slot + run.offset, slab->data + (run.offset - piece.offset()),
-                                run.nbytes, cudaMemcpyDeviceToHost, pipe.copies));
+                                run.nbytes, cudaMemcpyDeviceToHost, copies));
     }
-    KVS_TRY(cudaEventRecord(slab->free, pipe.copies));
+    KVS_TRY(cudaEventRecord(slab->free, copies));
     return 0;
+}
+
+// The end of all that was enqueued so far.
+int mark(kvs_pipe& pipe, cudaEvent_t end, bool load) {
+    if (load) return static_cast<int>(cudaEventRecord(end, pipe.kernels));
+    KVS_TRY(cudaEventRecord(pipe.other, pipe.copies[1]));
+    KVS_TRY(cudaStreamWaitEvent(pipe.copies[0], pipe.other, 0));
+    return static_cast<int>(cudaEventRecord(end, pipe.copies[0]));
 }
 
 // Enqueues chunks until `expires`; `begun` counts them.
@@ -206,14 +227,15 @@ int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunk* chunks, int64_t
     if (after != nullptr) KVS_TRY(cudaStreamWaitEvent(pipe.kernels, static_cast<cudaEvent_t>(after), 0));
     int error = 0;
     for (*begun = 0; error == 0 && *begun < count && now_s() <= expires; ++*begun) {
+        const kvs_chunk& chunk = chunks[*begun];
         int64_t* flag = ticket.flags + ticket.used++;
-        for (size_t i = 0; error == 0 && i < pipe.pieces.size(); ++i) {
-            error = load ? load_piece(pipe, pipe.pieces[i], chunks[*begun], flag)
-                         : save_piece(pipe, pipe.pieces[i], chunks[*begun], flag);
+        for (const Piece& piece : pipe.plans[static_cast<size_t>(chunk.plan)].pieces) {
+            error = load ? load_piece(pipe, piece, chunk, flag) : save_piece(pipe, piece, chunk, flag);
+            if (error != 0) break;
         }
     }
-    const cudaError_t marked = cudaEventRecord(ticket.end, load ? pipe.kernels : pipe.copies);
-    return error != 0 ? error : static_cast<int>(marked);
+    const int marked = mark(pipe, ticket.end, load);
+    return error != 0 ? error : marked;
 }
 
 int make_ticket(kvs_ticket* ticket) {
@@ -229,15 +251,28 @@ void end_ticket(kvs_ticket* ticket) {
     delete ticket;
 }
 
-int open_pipe(kvs_pipe& pipe, const kvs_plane* planes, int64_t n_planes) {
-    KVS_TRY(cudaSetDevice(pipe.shape.device));
+int make_plan(const kvs_pipe_shape& shape, const kvs_plan& given, Plan* plan) {
     std::vector<int32_t> first_of;
-    pipe.pieces = cut(pipe.shape, planes, n_planes, &first_of);
-    KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&pipe.planes), n_planes * sizeof(kvs_plane)));
-    KVS_TRY(cudaMemcpy(pipe.planes, planes, n_planes * sizeof(kvs_plane), cudaMemcpyHostToDevice));
-    KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&pipe.first_of), n_planes * sizeof(int32_t)));
-    KVS_TRY(cudaMemcpy(pipe.first_of, first_of.data(), n_planes * sizeof(int32_t), cudaMemcpyHostToDevice));
-    KVS_TRY(cudaStreamCreateWithFlags(&pipe.copies, cudaStreamNonBlocking));
+    plan->pieces = cut(shape, given.planes, given.n_planes, &first_of);
+    const size_t planes = static_cast<size_t>(given.n_planes) * sizeof(kvs_plane);
+    const size_t firsts = first_of.size() * sizeof(int32_t);
+    KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&plan->planes), planes));
+    KVS_TRY(cudaMemcpy(plan->planes, given.planes, planes, cudaMemcpyHostToDevice));
+    KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&plan->first_of), firsts));
+    KVS_TRY(cudaMemcpy(plan->first_of, first_of.data(), firsts, cudaMemcpyHostToDevice));
+    return 0;
+}
+
+int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
+    KVS_TRY(cudaSetDevice(pipe.shape.device));
+    pipe.plans.resize(static_cast<size_t>(n_plans));
+    for (int64_t i = 0; i < n_plans; ++i) {
+        if (const int error = make_plan(pipe.shape, plans[i], &pipe.plans[static_cast<size_t>(i)])) return error;
+    }
+    for (cudaEvent_t* event : {&pipe.read, &pipe.other}) {
+        KVS_TRY(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    }
+    for (cudaStream_t& copies : pipe.copies) KVS_TRY(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
     KVS_TRY(cudaStreamCreateWithFlags(&pipe.kernels, cudaStreamNonBlocking));
     KVS_TRY(cudaDeviceGetAttribute(&pipe.shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, pipe.shape.device));
     pipe.shared_max -= SHARED_OF_KERNELS;
@@ -245,8 +280,11 @@ int open_pipe(kvs_pipe& pipe, const kvs_plane* planes, int64_t n_planes) {
         KVS_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, pipe.shared_max));
     }
     int64_t largest = 0;
-    for (const Piece& piece : pipe.pieces) largest = std::max(largest, piece.end() - piece.offset());
-    pipe.slabs.resize(static_cast<size_t>(pipe.shape.slabs));
+    for (const Plan& plan : pipe.plans) {
+        for (const Piece& piece : plan.pieces) largest = std::max(largest, piece.end() - piece.offset());
+    }
+    const int64_t slabs = std::min(std::max(pipe.shape.staging_bytes / largest, SLABS_MIN), SLABS_MAX);
+    pipe.slabs.resize(static_cast<size_t>(slabs));
     for (Slab& slab : pipe.slabs) {
         KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&slab.data), static_cast<size_t>(largest)));
         KVS_TRY(cudaEventCreateWithFlags(&slab.filled, cudaEventDisableTiming));
@@ -261,10 +299,10 @@ int kvs_cuda_abi_version(void) noexcept { return KVS_ABI_VERSION; }
 
 const char* kvs_cuda_error(int error) noexcept { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plane* planes, int64_t n_planes, kvs_pipe** pipe) noexcept {
+int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plan* plans, int64_t n_plans, kvs_pipe** pipe) noexcept {
     *pipe = new kvs_pipe;
     (*pipe)->shape = *shape;
-    const int error = open_pipe(**pipe, planes, n_planes);
+    const int error = open_pipe(**pipe, plans, n_plans);
     if (error != 0) {
         kvs_pipe_close(*pipe);
         *pipe = nullptr;
@@ -274,7 +312,9 @@ int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plane* planes, int64_t 
 
 void kvs_pipe_close(kvs_pipe* pipe) noexcept {
     cudaSetDevice(pipe->shape.device);
-    if (pipe->copies != nullptr) cudaStreamSynchronize(pipe->copies);
+    for (cudaStream_t copies : pipe->copies) {
+        if (copies != nullptr) cudaStreamSynchronize(copies);
+    }
     if (pipe->kernels != nullptr) cudaStreamSynchronize(pipe->kernels);
     for (const Slab& slab : pipe->slabs) {
         cudaFree(slab.data);
@@ -282,9 +322,16 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
         if (slab.free != nullptr) cudaEventDestroy(slab.free);
     }
     for (kvs_ticket* ticket : pipe->tickets) end_ticket(ticket);
-    cudaFree(pipe->planes);
-    cudaFree(pipe->first_of);
-    if (pipe->copies != nullptr) cudaStreamDestroy(pipe->copies);
+    for (const Plan& plan : pipe->plans) {
+        cudaFree(plan.planes);
+        cudaFree(plan.first_of);
+    }
+    for (cudaEvent_t event : {pipe->read, pipe->other}) {
+        if (event != nullptr) cudaEventDestroy(event);
+    }
+    for (cudaStream_t copies : pipe->copies) {
+        if (copies != nullptr) cudaStreamDestroy(copies);
+    }
     if (pipe->kernels != nullptr) cudaStreamDestroy(pipe->kernels);
     delete pipe;
 }
@@ -316,6 +363,13 @@ int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, i
                   void* after) noexcept {
     int64_t begun;
     return enqueue(*pipe, *ticket, chunks, count, after, std::numeric_limits<double>::infinity(), false, &begun);
+}
+
+int kvs_pipe_hold(kvs_pipe* pipe, void* stream) noexcept {
+    KVS_TRY(cudaSetDevice(pipe->shape.device));
+    const std::lock_guard<std::mutex> lock(pipe->turn);
+    KVS_TRY(cudaEventRecord(pipe->read, pipe->kernels));
+    return static_cast<int>(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), pipe->read, 0));
 }
 
 int kvs_pipe_end(kvs_pipe* pipe, kvs_ticket* ticket, int64_t* flags) noexcept {

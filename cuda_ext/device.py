@@ -7,7 +7,8 @@ Whole jobs cross into C at once and release the GIL, so that a busy engine does 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from kvstrata.cuda_ext.native import (
 LIBRARY_NAME = "_kvstrata_cuda.so"
 BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
 CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
-_FIRST_PART = 12  # chunks: some milliseconds
-SLABS = 3  # one fills, one is copied, one drains
+_PARTS = (12, 128, CHUNKS_MAX)  # chunks
+STAGING_BYTES = 32 << 20  # a pipe: small pieces disturb the engine least
 _ALL_GOOD = -1
 
 
@@ -43,24 +44,34 @@ class DeviceError(KVStrataError):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk to copy: its slot's address in registered memory, its blocks, its key."""
+    """One chunk to copy: its slot's address in registered memory, its blocks, its key.
+
+    `raw`: it is stored as `ChunkLayout.raw` says, because it did not fit as its pipe packs.
+    """
 
     slot_address: int
     block_ids: tuple[int, ...]
     key: bytes
+    raw: bool = False
 
 
 class _Shape(ctypes.Structure):
     """kvs_pipe_shape"""
 
     _fields_ = [
+        ("staging_bytes", ctypes.c_int64),
         ("device", ctypes.c_int32),
-        ("slabs", ctypes.c_int32),
-        ("slab_bytes", ctypes.c_int64),
         ("chunk_tokens", ctypes.c_int32),
         ("block_tokens", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("checksum_offset", ctypes.c_int64),
     ]
+
+
+class _Plan(ctypes.Structure):
+    """kvs_plan"""
+
+    _fields_ = [("planes", ctypes.POINTER(Plane)), ("n_planes", ctypes.c_int64)]
 
 
 class _Chunk(ctypes.Structure):
@@ -68,9 +79,18 @@ class _Chunk(ctypes.Structure):
 
     _fields_ = [
         ("slot", ctypes.c_void_p),
-        ("block_ids", ctypes.POINTER(ctypes.c_int32)),
+        ("block_ids", ctypes.c_void_p),
         ("seed", ctypes.c_uint64),
+        ("plan", ctypes.c_int64),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """Chunks for C; they point into `ids`."""
+
+    ids: ctypes.Array[ctypes.c_int32]
+    array: ctypes.Array[_Chunk]
 
 
 class DeviceLibrary:
@@ -103,7 +123,8 @@ class DevicePipe:
         layout: of the chunks.
         cache: the engine's, in memory of `device`.
         device: CUDA ordinal.
-        slab_bytes: of each of three staging slabs; larger chunks move in pieces of whole layers.
+        staging_bytes: of the device's memory, for chunks on their way; they move in pieces of whole
+            layers, of which eight fit in there. At least three layers of a chunk are taken.
         gathers: whether this pipe saves; a rank saves only the planes that it writes.
 
     Raises:
@@ -116,25 +137,28 @@ class DevicePipe:
         layout: ChunkLayout,
         cache: EngineCache,
         device: int,
-        slab_bytes: int,
+        staging_bytes: int,
         gathers: bool,
         library: DeviceLibrary | None = None,
     ) -> None:
-        self.layout, self.cache = layout, cache
+        self.cache = cache
+        self._layouts = [layout] if layout.raw is layout else [layout, layout.raw]
         self._library = library or load_device_library()
         self._blocks = layout.chunk_tokens // cache.block_tokens
         if self._blocks > BLOCKS_MAX:
             raise ValueError(f"a chunk is {self._blocks} engine blocks, a GPU copies up to {BLOCKS_MAX}")
         if any(view is not None and view.table is not None for view in cache.planes):
             raise ValueError("this engine packs its blocks in a way that no strides describe")
-        held = [plane for plane, written in native_planes(layout, cache, {}) if written or not gathers]
-        planes = (Plane * len(held))(*held)
+        plans = (_Plan * len(self._layouts))()
+        for plan, one in zip(plans, self._layouts, strict=True):
+            held = [plane for plane, written in native_planes(one, cache, {}) if written or not gathers]
+            plan.planes, plan.n_planes = (Plane * len(held))(*held), len(held)
         shape = _Shape(
-            device, SLABS, slab_bytes, layout.chunk_tokens, cache.block_tokens, layout.checksum_offset
+            staging_bytes, device, layout.chunk_tokens, cache.block_tokens, 0, layout.checksum_offset
         )
         self._pipe = ctypes.c_void_p()
         error = self._library.native.kvs_pipe_open(
-            ctypes.byref(shape), planes, len(held), ctypes.byref(self._pipe)
+            ctypes.byref(shape), plans, len(plans), ctypes.byref(self._pipe)
         )
         self._library.check(error)
 
@@ -151,6 +175,18 @@ class DevicePipe:
             DeviceError: CUDA failed; nothing can be said about the blocks.
             ValueError: a block id outside the cache, or a wrong number of them.
         """
+        done = 0
+        for begin in range(0, len(chunks), CHUNKS_MAX):
+            some = chunks[begin : begin + CHUNKS_MAX]
+            copied, mismatch = self._load_some(some, after, expires)
+            done += copied
+            if copied < len(some):
+                return done, mismatch
+        return done, None
+
+    def _load_some(
+        self, chunks: Sequence[Chunk], after: int, expires: float
+    ) -> tuple[int, ChunkMismatch | None]:
         mismatch: ChunkMismatch | None = None
         with _Job(self._library, self._pipe) as job:
             for part in _parts(chunks):
@@ -166,28 +202,49 @@ class DevicePipe:
         """The chunks up to the first whose slot holds something else."""
         for index, chunk in enumerate(chunks):
             try:
-                compare_header(chunk.slot_address, self.layout, chunk.key)
+                compare_header(chunk.slot_address, self._layout(chunk), chunk.key)
             except ChunkMismatch as error:
                 return chunks[:index], error
         return chunks, None
 
-    def save(self, chunks: Sequence[Chunk], after: int) -> list[DoesNotFit | None]:
+    def save(
+        self, chunks: Sequence[Chunk], after: int, enqueued: Callable[[], None] = lambda: None
+    ) -> list[DoesNotFit | None]:
         """Blocks -> slots, behind the CUDA event `after` (0: none); for each chunk why it is not stored.
+
+        `enqueued` is called once `hold` covers these chunks, or it has failed.
 
         Raises:
             DeviceError: CUDA failed; the slots hold no chunks.
-            ValueError: a block id outside the cache, or a wrong number of them.
+            ValueError: a block id outside the cache, or a wrong number of them; or more than a job may have.
         """
         with _Job(self._library, self._pipe) as job:
-            for part in _parts(chunks):
-                job.save(self._native(part, may_skip=False), after)
+            try:
+                for part in _parts(chunks):
+                    job.save(self._native(part, may_skip=False), after)
+            finally:
+                enqueued()
         outcome: list[DoesNotFit | None] = []
         for chunk, flag in zip(chunks, job.flags, strict=True):
             if flag == _ALL_GOOD:
-                header = header_of(self.layout, chunk.key)
+                header = header_of(self._layout(chunk), chunk.key)
                 ctypes.memmove(chunk.slot_address, header, len(header))
             outcome.append(None if flag == _ALL_GOOD else DoesNotFit(flag))
         return outcome
+
+    def hold(self, stream: int) -> None:
+        """Make the CUDA stream `stream` wait until all saves enqueued so far have read their blocks.
+
+        Raises:
+            DeviceError: CUDA refused.
+        """
+        self._library.check(self._library.native.kvs_pipe_hold(self._pipe, stream))
+
+    def _layout(self, chunk: Chunk) -> ChunkLayout:
+        return self._layouts[self._plan(chunk)]
+
+    def _plan(self, chunk: Chunk) -> int:
+        return len(self._layouts) - 1 if chunk.raw else 0
 
     def close(self) -> None:
         """Wait for what is under way, give the staging memory back."""
@@ -195,18 +252,25 @@ class DevicePipe:
             self._library.native.kvs_pipe_close(self._pipe)
             self._pipe = ctypes.c_void_p()
 
-    def _native(self, chunks: Sequence[Chunk], may_skip: bool) -> ctypes.Array[_Chunk]:
-        native = (_Chunk * len(chunks))()
-        for one, chunk in zip(native, chunks, strict=True):
+    def _native(self, chunks: Sequence[Chunk], may_skip: bool) -> _Chunks:
+        for chunk in chunks:
             check_block_ids(self.cache, self._blocks, chunk.block_ids, may_skip)
-            one.slot = chunk.slot_address
-            one.block_ids = (ctypes.c_int32 * self._blocks)(*chunk.block_ids)
-            one.seed = seed_of(chunk.key)
-        return native
+        every = itertools.chain.from_iterable(chunk.block_ids for chunk in chunks)
+        ids = (ctypes.c_int32 * (self._blocks * len(chunks)))(*every)
+        first, step = ctypes.addressof(ids), ctypes.sizeof(ctypes.c_int32) * self._blocks
+        return _Chunks(
+            ids,
+            (_Chunk * len(chunks))(
+                *(
+                    (chunk.slot_address, first + i * step, seed_of(chunk.key), self._plan(chunk))
+                    for i, chunk in enumerate(chunks)
+                )
+            ),
+        )
 
 
 def _parts(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
-    """A job's chunks in two parts, so that the first is copied while the rest is made ready.
+    """A job's chunks in a few parts, so that the first are copied while the rest is made ready.
 
     Not in more: each return to Python may wait milliseconds for a busy engine to let go of the GIL.
 
@@ -215,9 +279,11 @@ def _parts(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
     """
     if len(chunks) > CHUNKS_MAX:
         raise ValueError(f"a job of {len(chunks)} chunks; at most {CHUNKS_MAX}")
-    yield chunks[:_FIRST_PART]
-    if len(chunks) > _FIRST_PART:
-        yield chunks[_FIRST_PART:]
+    begin = 0
+    for end in _PARTS:
+        if begin < len(chunks):
+            yield chunks[begin:end]
+        begin = end
 
 
 class _Job:
@@ -243,22 +309,24 @@ class _Job:
             self._library.check(error)
             self.flags = flags[: self._begun]
 
-    def load(self, chunks: ctypes.Array[_Chunk], after: int, expires: float) -> bool:
+    def load(self, chunks: _Chunks, after: int, expires: float) -> bool:
         """Whether all of them were begun in time."""
         begun = ctypes.c_int64()
         self._library.check(
             self._library.native.kvs_pipe_load(
-                self._pipe, self._ticket, chunks, len(chunks), after or None, expires, ctypes.byref(begun)
+                self._pipe, self._ticket, chunks.array, len(chunks.array), after or None, expires,
+                ctypes.byref(begun),
             )
-        )
+        )  # fmt: skip
         self._begun += begun.value
-        return begun.value == len(chunks)
+        return begun.value == len(chunks.array)
 
-    def save(self, chunks: ctypes.Array[_Chunk], after: int) -> None:
+    def save(self, chunks: _Chunks, after: int) -> None:
+        count = len(chunks.array)
         self._library.check(
-            self._library.native.kvs_pipe_save(self._pipe, self._ticket, chunks, len(chunks), after or None)
+            self._library.native.kvs_pipe_save(self._pipe, self._ticket, chunks.array, count, after or None)
         )
-        self._begun += len(chunks)
+        self._begun += count
 
 
 def load_device_library(path: Path | None = None) -> DeviceLibrary:
@@ -289,7 +357,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.kvs_cuda_unregister.argtypes = [ctypes.c_int, pointer]
     native.kvs_pipe_open.argtypes = [
         ctypes.POINTER(_Shape),
-        ctypes.POINTER(Plane),
+        ctypes.POINTER(_Plan),
         int64,
         ctypes.POINTER(pointer),
     ]
@@ -300,5 +368,6 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
         pointer, pointer, chunks, int64, pointer, ctypes.c_double, ctypes.POINTER(int64),
     ]  # fmt: skip
     native.kvs_pipe_save.argtypes = [pointer, pointer, chunks, int64, pointer]
+    native.kvs_pipe_hold.argtypes = [pointer, pointer]
     native.kvs_pipe_end.argtypes = [pointer, pointer, flags]
     return native

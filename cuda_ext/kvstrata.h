@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define KVS_ABI_VERSION 3
+#define KVS_ABI_VERSION 4
 #define KVS_ALL_GOOD (-1)
 #define KVS_NO_BLOCK (-1)
 #define KVS_CHUNKS_MAX 1024 /* a job */
@@ -94,19 +94,27 @@ typedef struct kvs_pipe kvs_pipe;
 typedef struct kvs_ticket kvs_ticket;
 
 typedef struct kvs_pipe_shape {
+    int64_t staging_bytes; /* of the device's memory; at least three layers of a chunk are taken */
     int32_t device;
-    int32_t slabs;          /* of staging memory: three keep a link busy */
-    int64_t slab_bytes;     /* what is larger than a slab moves in pieces */
     int32_t chunk_tokens;
     int32_t block_tokens;
+    int32_t reserved;
     int64_t checksum_offset;
 } kvs_pipe_shape;
 
-/* One chunk: a slot in memory that kvs_cuda_register knows, and chunk_tokens / block_tokens block ids. */
+/* One way to store a chunk: the planes that this rank copies, in slot order. */
+typedef struct kvs_plan {
+    const kvs_plane* planes;
+    int64_t n_planes;
+} kvs_plan;
+
+/* One chunk: a slot in memory that kvs_cuda_register knows, chunk_tokens / block_tokens block ids, and
+ * which of the pipe's plans says how it is stored. */
 typedef struct kvs_chunk {
     uint8_t* slot;
     const int32_t* block_ids;
     uint64_t seed;
+    int64_t plan;
 } kvs_chunk;
 
 /* All of these return 0 or a CUDA error; kvs_cuda_error puts it in words. */
@@ -115,7 +123,7 @@ KVS_API const char* kvs_cuda_error(int error) KVS_NOEXCEPT;
 KVS_API int kvs_cuda_register(int device, void* memory, int64_t nbytes) KVS_NOEXCEPT;
 KVS_API int kvs_cuda_unregister(int device, void* memory) KVS_NOEXCEPT;
 
-KVS_API int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plane* planes, int64_t n_planes,
+KVS_API int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plan* plans, int64_t n_plans,
                           kvs_pipe** pipe) KVS_NOEXCEPT;
 KVS_API void kvs_pipe_close(kvs_pipe* pipe) KVS_NOEXCEPT;
 
@@ -131,6 +139,9 @@ KVS_API int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* c
 /* Enqueues blocks -> slots; as above. */
 KVS_API int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count,
                           void* after) KVS_NOEXCEPT;
+
+/* Makes `stream` wait until all saves enqueued so far have read their blocks; returns at once. */
+KVS_API int kvs_pipe_hold(kvs_pipe* pipe, void* stream) KVS_NOEXCEPT;
 
 /* Waits for all that the job has enqueued. flags[i], for the i-th chunk begun, is KVS_ALL_GOOD or the
  * index of a sub-block: of a load, one that did not match (nothing of it was written, others of its chunk

@@ -21,13 +21,12 @@ from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import SegmentMap, worker_segments
 from kvstrata.core.config import Config
 from kvstrata.core.layout import ChunkLayout
-from kvstrata.cuda_ext.device import DevicePipe, load_device_library
+from kvstrata.cuda_ext.device import STAGING_BYTES, DevicePipe, load_device_library
 from kvstrata.cuda_ext.native import CopyEngine, EngineCache
 
 log = logging.getLogger("kvstrata.vllm")
 
 _IDLE_WAIT_S = 0.001
-_SLAB_BYTES = 32 << 20  # three in each direction: 192 MiB of the device's memory
 _SAVES_AT_ONCE = 16
 _REGISTERED_AT_ONCE = 64 << 20
 
@@ -76,7 +75,7 @@ class WorkerConnector:
             return HostCopies(CopyEngine(self._layout, cache), self._segments, slot_bytes)
         library, device = load_device_library(), self._device.index or 0
         loads, saves = (
-            DevicePipe(self._layout, cache, device, _SLAB_BYTES, gathers, library)
+            DevicePipe(self._layout, cache, device, STAGING_BYTES, gathers, library)
             for gathers in (False, True)
         )
         piece = max(1, _REGISTERED_AT_ONCE // slot_bytes) * slot_bytes

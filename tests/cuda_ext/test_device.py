@@ -30,7 +30,7 @@ from tests.cuda_ext.reference import Plane
 pytestmark = pytest.mark.gpu
 
 NEVER = time.monotonic() + 1e6
-SLAB = 1 << 14  # so that small chunks move in pieces, too
+STAGING = 1 << 17  # so that small chunks move in pieces, too
 codecs = pytest.mark.parametrize("codec", [CODEC_RAW, CODEC_PACKED], ids=["raw", "packed"])
 
 
@@ -84,7 +84,7 @@ def test_save_and_load_are_the_reference(device: DeviceLibrary, case: Case) -> N
     if not any(cache.planes) or not any(cache.writes or [True]):
         return
     pinned = Pinned(device, case.layout, 1)
-    pipes = [DevicePipe(case.layout, cache, 0, SLAB, gathers, device) for gathers in (True, False)]
+    pipes = [DevicePipe(case.layout, cache, 0, STAGING, gathers, device) for gathers in (True, False)]
     expected = bytearray(pinned.slot(0).numpy().tobytes())
     try:
         (misfit,) = pipes[0].save([Chunk(pinned.address(0), tuple(case.block_ids), key(9))], 0)
@@ -128,8 +128,8 @@ class Serving:
         self.case = case_of(self.layout, [engines.joined], 16, blocks)
         self.planes, cache = on_gpu(self.case)
         self.pinned = Pinned(device, self.layout, CHUNKS)
-        self.save = DevicePipe(self.layout, cache, 0, 1 << 20, True, device)
-        self.load = DevicePipe(self.layout, cache, 0, 1 << 20, False, device)
+        self.save = DevicePipe(self.layout, cache, 0, 8 << 20, True, device)
+        self.load = DevicePipe(self.layout, cache, 0, 8 << 20, False, device)
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.chunks = [
             Chunk(self.pinned.address(i), tuple(order[i * 16 :][:16]), key(i)) for i in range(CHUNKS)
@@ -278,7 +278,7 @@ class TestRefusals:
         case = case_of(layout_of(2, (8, 8), "bfloat16", 8), [engines.packed_pairs], 4, 3)
         views = tuple(plane.view() if plane else None for plane in case.planes)
         with pytest.raises(ValueError, match="no strides describe"):
-            DevicePipe(case.layout, EngineCache(4, 3, views), 0, SLAB, True, device)
+            DevicePipe(case.layout, EngineCache(4, 3, views), 0, STAGING, True, device)
 
     def test_block_ids_outside_the_cache(self, device: DeviceLibrary) -> None:
         serving = Serving(device, CODEC_RAW)

@@ -1,0 +1,175 @@
+// What a thread block of the copy kernels works on: one sub-block, in the engine and in a slab.
+//
+// Work goes in groups of 16 consecutive canonical elements (packed) or 16 bytes (raw).
+#ifndef KVSTRATA_SUB_BLOCKS_CUH
+#define KVSTRATA_SUB_BLOCKS_CUH
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kvstrata.h"
+#include "pack.h"
+
+namespace {
+
+#ifndef KVS_THREADS
+#define KVS_THREADS 512
+#define KVS_MIN_BLOCKS 2
+#endif
+constexpr int THREADS = KVS_THREADS;
+constexpr int GROUP = 16;
+constexpr int REGISTERS = 65536;  // of a multiprocessor; 64 a thread let a sub-block be held in them
+
+// A piece of one chunk: some planes of it, stored at `data` in device memory.
+struct Job {
+    const kvs_plane* planes;  // in device memory
+    const int32_t* first_of;  // plane -> its first thread block, and the number of them at the end
+    int32_t n_planes;
+    int32_t block_tokens;
+    int32_t chunk_tokens;
+    uint8_t* data;
+    int64_t slot_offset;  // of `data` in the slot
+    uint64_t* checksums;  // the slot's own table, in host memory
+    uint64_t seed;
+    int64_t* flag;  // in host memory: index of a sub-block that does not match, or does not fit
+    int32_t room;   // when scattering, bytes of shared memory for a sub-block; 0: there is not as much
+    int32_t block_ids[KVS_BLOCKS_MAX];
+};
+
+struct SubBlock {
+    kvs_plane plane;
+    int64_t local_head;
+    int64_t index;
+    uint8_t* data;
+};
+
+__device__ SubBlock sub_block_of(const Job& job, int number) {
+    int low = 0, high = job.n_planes - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (job.first_of[middle] <= number) low = middle; else high = middle - 1;
+    }
+    SubBlock found;
+    found.plane = job.planes[low];
+    found.local_head = number - job.first_of[low];
+    const int64_t head = found.plane.first_head + found.local_head;
+    found.index = found.plane.checksum_index + head * found.plane.checksum_stride;
+    found.data = job.data + found.plane.slot_offset + head * found.plane.slot_stride - job.slot_offset;
+    return found;
+}
+
+// Where the engine keeps (token, channel) of a sub-block; null where its block takes no part.
+__device__ uint8_t* engine_address(const Job& job, const SubBlock& sub, int32_t token, int32_t channel) {
+    const int32_t place = token / job.block_tokens;
+    const int64_t block = job.block_ids[place];
+    if (block == KVS_NO_BLOCK) return nullptr;
+    const kvs_plane& p = sub.plane;
+    return p.base + block * p.stride_block + sub.local_head * p.stride_head +
+           (token - place * job.block_tokens) * p.stride_token + channel * p.stride_dim;
+}
+
+// Whether groups of 16 elements of `item` bytes lie in one row, adjacent and aligned for vectors.
+__device__ bool rows_are_vectors(const kvs_plane& p, int64_t group_bytes) {
+    const auto bits = reinterpret_cast<uintptr_t>(p.base) | p.stride_block | p.stride_head | p.stride_token;
+    return p.stride_dim == p.item_bytes && int64_t{p.dim} * p.item_bytes % group_bytes == 0 && bits % 16 == 0;
+}
+
+union Group {  // 16 bf16 elements
+    uint4 vectors[2];
+    uint16_t items[GROUP];
+    uint32_t words[GROUP / 2];
+};
+
+// A place among the canonical elements. Rows have at least 16 channels, so a group crosses one end at most.
+struct Place {
+    int32_t token, channel;
+
+    __device__ Place(int32_t element, int32_t dim) : token(element / dim), channel(element - token * dim) {}
+    __device__ void step(int32_t dim) {
+        if (++channel == dim) channel = 0, ++token;
+    }
+};
+
+__device__ Group load_group(const Job& job, const SubBlock& sub, int32_t first, bool vectors) {
+    Group group;
+    Place at(first, sub.plane.dim);
+    if (vectors) {
+        const auto* from = reinterpret_cast<const uint4*>(engine_address(job, sub, at.token, at.channel));
+        group.vectors[0] = from[0];
+        group.vectors[1] = from[1];
+        return group;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i, at.step(sub.plane.dim)) {
+        group.items[i] = *reinterpret_cast<const uint16_t*>(engine_address(job, sub, at.token, at.channel));
+    }
+    return group;
+}
+
+__device__ void store_group(const Job& job, const SubBlock& sub, int32_t first, bool vectors, const Group& group) {
+    Place at(first, sub.plane.dim);
+    if (vectors) {
+        if (auto* to = reinterpret_cast<uint4*>(engine_address(job, sub, at.token, at.channel))) {
+            to[0] = group.vectors[0];
+            to[1] = group.vectors[1];
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i, at.step(sub.plane.dim)) {
+        if (auto* to = reinterpret_cast<uint16_t*>(engine_address(job, sub, at.token, at.channel))) {
+            *to = group.items[i];
+        }
+    }
+}
+
+// The sum of all threads' shares, in every thread.
+__device__ uint64_t total(uint64_t share) {
+    __shared__ uint64_t shares[THREADS / 32];
+    for (int step = 16; step > 0; step /= 2) share += __shfl_down_sync(0xFFFFFFFFu, share, step);
+    __syncthreads();  // the shares of an earlier call have been read
+    if (threadIdx.x % 32 == 0) shares[threadIdx.x / 32] = share;
+    __syncthreads();
+    uint64_t sum = 0;
+    for (int warp = 0; warp < THREADS / 32; ++warp) sum += shares[warp];
+    return sum;
+}
+
+__device__ uint64_t word_term(uint64_t word, int64_t index) {
+    return kvs::term(word, static_cast<uint64_t>(index + 1) * kvs::KEY_STEP);
+}
+
+extern __shared__ uint4 shared[];  // a sub-block, as much as `room`; or, when gathering, bases and escapes
+
+__device__ uint64_t vector_term(const uint4& two, int32_t vector) {
+    return word_term(uint64_t{two.y} << 32 | two.x, 2 * int64_t{vector}) +
+           word_term(uint64_t{two.w} << 32 | two.z, 2 * int64_t{vector} + 1);
+}
+
+// The sum of a sub-block's words. With `keep` its bytes are left in shared memory, too.
+__device__ uint64_t sum_of(const uint8_t* data, int32_t nbytes, bool keep) {
+    uint64_t share = 0;
+    const int32_t vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 ? nbytes / 16 : 0;
+    const auto* from = reinterpret_cast<const uint4*>(data);
+#pragma unroll 4
+    for (int32_t i = threadIdx.x; i < vectors; i += THREADS) {
+        const uint4 two = __ldcs(from + i);
+        if (keep) shared[i] = two;
+        share += vector_term(two, i);
+    }
+    auto* kept = reinterpret_cast<uint8_t*>(shared);
+    for (int32_t at = vectors * 16 + threadIdx.x * 8; at < nbytes; at += THREADS * 8) {
+        uint64_t word = 0;
+        for (int32_t i = 0; i < min(8, nbytes - at); ++i) {
+            word |= uint64_t{data[at + i]} << (8 * i);
+            if (keep) kept[at + i] = data[at + i];
+        }
+        share += word_term(word, at / 8);
+    }
+    return total(share);
+}
+
+}  // namespace
+
+#endif
