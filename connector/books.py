@@ -22,9 +22,10 @@ _USED_MAX = 64
 _USED_KEYS_MAX = 32768
 
 
-# A save that found the pool growing asks again so often, and gives up after so long, in seconds.
+# A save that found the pool growing asks again so often, and gives up after so long, in seconds: longer
+# than engines may take to map a new segment.
 _ASK_EVERY_S = 0.05
-_PATIENCE_S = 5.0
+_PATIENCE_S = 12.0
 
 
 class Stage(enum.Enum):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from kvstrata.connector.jobs import Fence, LoadJob, Report, SaveJob
 from kvstrata.controller.client import MappedSegment
-from kvstrata.cuda_ext.native import ChunkMismatch, DoesNotFit
+from kvstrata.cuda_ext.native import ChunkMismatch, DoesNotFit, OutOfMemory
 
 log = logging.getLogger("kvstrata.transfer")
 
@@ -55,7 +55,7 @@ class HostCopies:
             except ChunkMismatch as error:
                 log.error("stored chunk %s refused: %s", chunk.key.hex()[:16], error)
                 return Report(job.job, ok=False, failed_from=index, corrupt=chunk.key)
-            except ValueError:
+            except (OutOfMemory, ValueError):
                 log.exception("load of chunk %s failed", chunk.key.hex()[:16])
                 return Report(job.job, ok=False, failed_from=index)
         nbytes = self._slot_bytes * len(job.chunks)
@@ -74,7 +74,7 @@ class HostCopies:
         except DoesNotFit as error:
             log.debug("chunk %s: %s", job.chunk.key.hex()[:16], error)
             return Report(job.job, ok=False, does_not_fit=True)
-        except ValueError:
+        except (OutOfMemory, ValueError):
             log.exception("save of chunk %s failed", job.chunk.key.hex()[:16])
             return Report(job.job, ok=False)
         return Report(job.job, ok=True, nbytes=self._slot_bytes, seconds=time.monotonic() - started)

@@ -81,6 +81,9 @@ def start_digest(files: list[Path], memory: Path) -> Future[bytes]:
             result.set_result(content_digest(files, memory))
         except (UnsupportedModel, OSError) as error:
             result.set_exception(error)
+        finally:
+            if not result.done():  # its traceback goes to the log; nobody may wait for ever
+                result.set_exception(UnsupportedModel(f"{files[0].parent} could not be read: see the log"))
 
     threading.Thread(target=run, name="kvstrata-weights", daemon=True).start()
     return result

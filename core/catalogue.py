@@ -79,6 +79,7 @@ class Catalogue:
     def __init__(self, new_policy: Callable[[], EvictionPolicy], on_free: Callable[[Slot], None]) -> None:
         self._visible: dict[bytes, Entry] = {}
         self._hidden: set[Entry] = set()  # EVICTING and QUARANTINED: their keys may be written anew
+        self._inside: defaultdict[int, dict[Entry, None]] = defaultdict(dict)  # by segment, oldest first
         self._orders: defaultdict[int, EvictionPolicy] = defaultdict(new_policy)  # by bytes a slot
         self._on_free = on_free
         self.bytes_being_read = 0  # in slots of all sizes with at least one reader
@@ -110,7 +111,12 @@ class Catalogue:
         if key in self._visible:
             raise ValueError(f"chunk {key.hex()[:16]} has an entry")
         entry = self._visible[key] = Entry(key, slot)
+        self._inside[slot.segment][entry] = None
         return entry
+
+    def inside(self, segment: int) -> list[Entry]:
+        """The entries, in whatever state, that have their slots in `segment`."""
+        return list(self._inside.get(segment, ()))
 
     def hold(self, entries: Sequence[Entry]) -> None:
         """One more reader on each of `entries`, a prefix of one slot size in prompt order. Counts as use."""
@@ -156,6 +162,7 @@ class Catalogue:
             self._orders[entry.slot.nbytes].remove(entry.key)
         if after is None:
             self._hidden.discard(entry)
+            del self._inside[entry.slot.segment][entry]
             self._on_free(entry.slot)
             return
         entry.state = after

@@ -1,7 +1,8 @@
 """Who may share KV with whom: the identity behind every chunk key.
 
-Rule of this file: whatever can change a byte of KV is a field here. A field that is missing
-is a wrong answer waiting; a field too many only costs hits.
+Rule of this file: whatever can change what KV means is a field here. A field that is missing is a
+wrong answer waiting; a field too many only costs hits. How KV was computed is none: kernels, batch
+sizes and numbers of ranks round differently, as they do inside one engine from batch to batch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PROVENANCE = frozenset({"_name_or_path", "transformers_version", "_commit_hash"
 class ModelIdentity:
     """What one engine's KV depends on, the same for all its requests."""
 
-    config: str  # canonical JSON of the model config, RoPE and attention overrides applied
+    config: str  # canonical JSON: the model config with its overrides, the engine's own settings and release
     weights: bytes  # digest of the weight files' whole content
     weight_quantization: str
     kv_dtype: str  # as stored in the cache, e.g. "bfloat16"

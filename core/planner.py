@@ -150,6 +150,7 @@ class Planner:
             return [Refused(Why.BUSY)]
         if entries:
             self.catalogue.hold(entries)
+            self.slots.note_use({entry.slot.segment for entry in entries}, now)
             client.leases_believed += 1
             client.leases[event.lease] = Claim(entries, now + self.limits.claim_deadline_s)
             self.counters["hit_chunks"] += len(entries)
@@ -223,6 +224,7 @@ class Planner:
             self.counters[f"refused_{without.value}"] += 1
             return without
         entry = self.catalogue.reserve(key, slot)
+        self.slots.note_use((slot.segment,), now)
         client.jobs_believed += 1
         client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
         return slot
@@ -230,12 +232,13 @@ class Planner:
     def _make_room(self, client: Client, wanted: int, now: float) -> Iterator[bool]:
         """Each step frees room that `client` can use, up to `wanted` slots; it ends where there is no more.
 
-        Victims are looked for once, at the first step, however much one Update reserves.
+        What another slot size has not used for longer goes first, a whole segment of it: of a model that
+        is served no more, say. Victims are looked for once, however much one Update reserves.
         """
+        if self._take_over(client, now):
+            yield True
         for entry in self.catalogue.victims(client.slot_bytes, now, wanted, client.can_reach):
             self._evict(entry)
-            yield True
-        if self._reclass(client.slot_bytes, now):
             yield True
 
     def _evict(self, entry: Entry) -> None:
@@ -263,20 +266,16 @@ class Planner:
             if now < self._added.get(segment.id, now) + _MAPPING_S
         )
 
-    def _reclass(self, slot_bytes: int, now: float) -> bool:
-        """Give a segment to a slot size that has none, taking the one least used from the others."""
-        segments = self.slots.segments.values()
-        if self._growing or any(segment.slot_bytes == slot_bytes for segment in segments):
+    def _take_over(self, client: Client, now: float) -> bool:
+        """Cut a colder segment of another size, if all in it may go, into slots for `client`."""
+        if self._growing:
             return False
-        entries: dict[int, list[Entry]] = {segment.id: [] for segment in segments}
-        for entry in self.catalogue:
-            entries[entry.slot.segment].append(entry)
-        for segment in sorted(segments, key=lambda candidate: candidate.used):
-            inside = entries[segment.id]
-            if segment.nbytes >= slot_bytes and all(entry.may_go(now) for entry in inside):
+        for segment in self.slots.colder_than(client.slot_bytes, client.usable):
+            inside = self.catalogue.inside(segment.id)
+            if all(entry.may_go(now) for entry in inside):
                 for entry in inside:
                     self._evict(entry)
-                self.slots.reclass(segment.id, slot_bytes)
+                self.slots.reclass(segment.id, client.slot_bytes)
                 return True
         return False
 

@@ -5,8 +5,9 @@ Rule of this file: a segment serves one slot size at a time and changes it only 
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from math import inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Segment:
     id: int
     nbytes: int
     slot_bytes: int
+    last_used: float = 0.0  # when a chunk in it was written or read last; seconds, as the planner's `now`
     free: list[int] = field(default_factory=list)  # indices, last in first out: warm pages first
 
     def __post_init__(self) -> None:
@@ -62,6 +64,25 @@ class SlotAllocator:
         segment = min(open_segments, key=lambda candidate: len(candidate.free))
         return Slot(segment.id, segment.free.pop() * slot_bytes, slot_bytes)
 
+    def note_use(self, segments: Iterable[int], now: float) -> None:
+        for segment in segments:
+            self.segments[segment].last_used = now
+
+    def colder_than(self, slot_bytes: int, allowed: Container[int]) -> list[Segment]:
+        """`allowed` segments of other sizes that were used before any of this size was, the coldest first.
+
+        All that could hold such a slot, if no segment is of this size.
+        """
+        oldest = min((s.last_used for s in self.segments.values() if s.slot_bytes == slot_bytes), default=inf)
+        colder = [
+            segment
+            for segment in self.segments.values()
+            if segment.slot_bytes != slot_bytes <= segment.nbytes
+            and segment.last_used < oldest
+            and segment.id in allowed
+        ]
+        return sorted(colder, key=lambda segment: (segment.last_used, segment.used))
+
     def give_back(self, slot: Slot) -> None:
         self.segments[slot.segment].free.append(slot.offset // slot.nbytes)
 
@@ -75,4 +96,4 @@ class SlotAllocator:
         segment = self.segments[segment_id]
         if segment.used:
             raise ValueError(f"segment {segment_id} still holds {segment.used} slots")
-        self.segments[segment_id] = Segment(segment_id, segment.nbytes, slot_bytes)
+        self.segments[segment_id] = Segment(segment_id, segment.nbytes, slot_bytes, segment.last_used)

@@ -207,7 +207,7 @@ int64_t kvs_gather(const kvs_plane* planes, int64_t n_planes, const int64_t* blo
             const Head head = {planes[p], h};
             uint8_t* stored = slot + head.slot_offset();
             uint8_t* rows = head.packed() ? unpacked.get() : stored;
-            if (rows == nullptr) return head.index();
+            if (rows == nullptr) return KVS_NO_MEMORY;
             switch (planes[p].item_bytes) {
                 case 1: gather_head<uint8_t>(head, block_ids, block_tokens, blocks, rows); break;
                 case 2: gather_head<uint16_t>(head, block_ids, block_tokens, blocks, rows); break;
@@ -236,7 +236,7 @@ int64_t kvs_scatter(const kvs_plane* planes, int64_t n_planes, const int64_t* bl
             }
             const uint8_t* rows = stored;
             if (head.packed()) {
-                if ((rows = unpacked.get()) == nullptr) return head.index();
+                if ((rows = unpacked.get()) == nullptr) return KVS_NO_MEMORY;
                 unpack_rows(stored, head.shape(chunk_tokens), unpacked.items());
             }
             switch (planes[p].item_bytes) {

@@ -12,6 +12,7 @@
 #define KVS_ABI_VERSION 4
 #define KVS_ALL_GOOD (-1)
 #define KVS_NO_BLOCK (-1)
+#define KVS_NO_MEMORY (-2) /* instead of an index: there was none for one unpacked sub-block */
 #define KVS_CHUNKS_MAX 1024 /* a job */
 #define KVS_BLOCKS_MAX 256 /* engine blocks a chunk, on a GPU: they travel as a kernel's argument */
 #define KVS_RAW 0

@@ -22,12 +22,16 @@ from kvstrata.core.layout import CODEC_PACKED, CODEC_RAW, ChunkLayout, LayerSpec
 ABI_VERSION = 4  # KVS_ABI_VERSION in kvstrata.h
 LIBRARY_NAME = "_kvstrata_cpu.so"
 NO_BLOCK = -1  # KVS_NO_BLOCK: this block takes no part in a scatter
-_ALL_GOOD = -1
+_ALL_GOOD, _NO_MEMORY = -1, -2
 _BUILD = "build it with `pip install -e .` (needs CMake and a C++17 compiler)"
 
 
 class NativeLibraryError(KVStrataError):
     """The copy library is missing, or was built from another version of the source."""
+
+
+class OutOfMemory(KVStrataError):
+    """There is no memory for one unpacked sub-block. Nothing is wrong with the chunk."""
 
 
 class ChunkMismatch(KVStrataError):
@@ -212,6 +216,7 @@ class CopyEngine:
 
         Raises:
             DoesNotFit: its elements are spread too widely to be packed; the slot holds no chunk.
+            OutOfMemory: the slot holds no chunk.
             ValueError: a block id outside the cache, or a wrong number of them.
         """
         ids = self._block_ids(block_ids)
@@ -220,6 +225,8 @@ class CopyEngine:
             self._written, len(self._written), ids, self.cache.block_tokens, self.layout.chunk_tokens,
             slot_address, self.layout.checksum_offset, seed_of(key),
         )  # fmt: skip
+        if bad == _NO_MEMORY:
+            raise OutOfMemory
         if bad != _ALL_GOOD:
             raise DoesNotFit(bad)
         ctypes.memmove(slot_address, header, len(header))
@@ -233,6 +240,7 @@ class CopyEngine:
         Raises:
             HeaderMismatch: the slot holds another chunk; nothing was written.
             ChecksumMismatch: a sub-block is damaged; it and those after it were not written.
+            OutOfMemory: some were not written.
             ValueError: a block id outside the cache, or a wrong number of them.
         """
         ids = self._block_ids(block_ids, may_skip=True)
@@ -241,6 +249,8 @@ class CopyEngine:
             self._held, len(self._held), ids, self.cache.block_tokens, self.layout.chunk_tokens,
             slot_address, self.layout.checksum_offset, seed_of(key),
         )  # fmt: skip
+        if bad == _NO_MEMORY:
+            raise OutOfMemory
         if bad != _ALL_GOOD:
             raise ChecksumMismatch(bad)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import vllm
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
@@ -62,14 +64,21 @@ def calculates_kv_scales(config: VllmConfig) -> bool:
 
 def model_settings(config: VllmConfig) -> dict[str, str]:
     """Engine options that change what a model computes without being in its own config."""
-    model = ("override_attention_dtype", "disable_sliding_window", "quantization_config")
+    model = ("override_attention_dtype", "disable_sliding_window", "quantization_config", "model_impl")
     load = ("load_format", "ignore_patterns", "model_loader_extra_config")
+    items = ("mm_processor_kwargs",)
+    multimodal = getattr(config.model_config, "multimodal_config", None)
     return {
         name: str(value)
-        for names, part in ((model, config.model_config), (load, config.load_config))
+        for names, part in ((model, config.model_config), (load, config.load_config), (items, multimodal))
         for name in names
         if (value := getattr(part, name, None)) is not None
     }
+
+
+def release() -> str:
+    """vLLM's version without the name of its build: another one may compute a model otherwise."""
+    return str(vllm.__version__).partition("+")[0]
 
 
 def instance_id(config: VllmConfig) -> str:

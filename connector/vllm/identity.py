@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from concurrent.futures import Future, wait
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstrata.connector.vllm.compat import calculates_kv_scales, model_settings
+from kvstrata.connector.vllm.compat import calculates_kv_scales, model_settings, release
 from kvstrata.connector.weights import (
     Signature,
     changed_since,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger("kvstrata.vllm")
+
+_CONTENT_HASH = re.compile(r"(^|:)[0-9a-f]{64,128}$")  # as vLLM writes it, behind an adapter's name or not
 
 # RoPE variants whose frequencies depend on how long a context the engine was started for.
 _CONTEXT_DEPENDENT_ROPE = ('"longrope"', '"dynamic"', '"su"')
@@ -76,7 +79,7 @@ class Identity:
             OSError: its adapter cannot be read.
         """
         if not self._digest:
-            if not self._weights.done() or self._weights.exception():
+            if not self._weights.done() or self._weights.exception():  # which was logged
                 return None
             self._digest = replace(self._model, weights=self._weights.result()).digest
         adapter = self._adapter(request.lora_request) if request.lora_request else b""
@@ -85,8 +88,18 @@ class Identity:
         return namespace_digest(self._digest, adapter, request.cache_salt)
 
     def extras(self, request: Request, chunk_tokens: int) -> dict[int, bytes]:
-        """What multimodal content adds to the request's keys."""
+        """What multimodal content adds to the request's keys.
+
+        Raises:
+            UnsupportedModel: nothing says what the content is. With its caches off, vLLM numbers items
+                instead of hashing them, and a name that a user has given is good inside one engine only.
+        """
         items = [(f.mm_position.offset, f.mm_position.length, f.identifier) for f in request.mm_features]
+        if unnamed := [identifier for _, _, identifier in items if not _CONTENT_HASH.search(identifier)]:
+            raise UnsupportedModel(
+                f"{unnamed[0]!r} is no hash of an item's content: leave out multi_modal_uuids, and leave "
+                "vLLM's prefix cache or its multimodal processor cache on"
+            )
         return chunk_extras(items, chunk_tokens) if items else {}
 
     def _adapter(self, lora: LoRARequest) -> bytes | None:
@@ -131,7 +144,9 @@ def model_identity(vllm_config: VllmConfig, layout: ChunkLayout) -> ModelIdentit
     model = vllm_config.model_config
     if calculates_kv_scales(vllm_config):
         raise UnsupportedModel("--calculate-kv-scales makes KV differ from engine to engine: leave it off")
-    settings = canonical_config({"hf": model.hf_config.to_dict(), "engine": model_settings(vllm_config)})
+    settings = canonical_config(
+        {"hf": model.hf_config.to_dict(), "engine": model_settings(vllm_config), "vllm": release()}
+    )
     context = ""
     if any(name in settings for name in _CONTEXT_DEPENDENT_ROPE):
         context = f"max_model_len={model.max_model_len}"

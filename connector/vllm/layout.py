@@ -88,6 +88,7 @@ def engine_cache(
     """
     planes: list[PlaneView] = []
     owners: dict[int, str] = {}
+    blocks: set[int] = set()
     known: dict[tuple[Any, ...], tuple[list[int], list[int]]] = {}
     for spec in layout.parts[0].layers:
         if spec.name not in caches:
@@ -97,11 +98,14 @@ def engine_cache(
             raise UnsupportedModel(f"layers {owners[cache.data_ptr()]} and {spec.name} share one KV cache")
         owners[cache.data_ptr()] = spec.name
         _check_tensor(spec, cache, block_tokens)
+        blocks.add(int(cache.shape[0]))
         signature = (tuple(cache.shape[1:]), cache.stride(), cache.dtype, spec.plane_dims)
         if signature not in known:
             known[signature] = _probe(spec, cache, layers[spec.name], block_tokens)
         planes += _views(spec, cache, known[signature])
-    return EngineCache(block_tokens, int(next(iter(caches.values())).shape[0]), tuple(planes))
+    if len(blocks) != 1:
+        raise UnsupportedModel(f"layers have different numbers of KV blocks: {sorted(blocks)}")
+    return EngineCache(block_tokens, blocks.pop(), tuple(planes))
 
 
 def _check_tensor(spec: LayerSpec, cache: torch.Tensor, block_tokens: int) -> None:
@@ -124,45 +128,52 @@ def _probe(
 ) -> tuple[list[int], list[int]]:
     """Offsets, in elements, of K and V from the start of a (block, head), by [token * dim + d].
 
-    Each element is given its own number, a few bits at a time, through the engine's own write;
-    what is then read from a scratch block of the same strides says where each element went.
+    Each element of a block is given its own number, a few bits at a time, through the engine's own write;
+    what is then read from the second of two scratch blocks of the same strides says where each went.
     """
     key_dim, value_dim = spec.plane_dims
     columns = key_dim + value_dim
-    region = block_tokens * columns
+    heads, region = spec.kv_heads, block_tokens * columns
     scratch = torch.empty_strided(
-        (1, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device
+        (2, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device
     )
     scratch.zero_()
-    numbers = torch.arange(region, dtype=torch.int64, device=cache.device)
-    slots = torch.arange(block_tokens, dtype=torch.int64, device=cache.device)
-    found = torch.zeros((spec.kv_heads, region), dtype=torch.int64, device=cache.device)
-    for shift in range(0, region.bit_length(), _PROBE_BITS):
+    numbers = torch.arange(1, heads * region + 1, dtype=torch.int64, device=cache.device).view(heads, region)
+    slots = torch.arange(block_tokens, 2 * block_tokens, dtype=torch.int64, device=cache.device)
+    found = torch.zeros_like(numbers)
+    for shift in range(0, int(numbers.max()).bit_length(), _PROBE_BITS):
         digits = (numbers >> shift) & ((1 << _PROBE_BITS) - 1)
-        key = digits[: block_tokens * key_dim].view(block_tokens, 1, key_dim)
-        value = digits[block_tokens * key_dim :].view(block_tokens, 1, value_dim)
+        key, value = digits[:, : block_tokens * key_dim], digits[:, block_tokens * key_dim :]
         layer.impl.do_kv_cache_update(
             layer,
-            key.expand(-1, spec.kv_heads, -1).to(_compute_dtype(cache)).contiguous(),
-            value.expand(-1, spec.kv_heads, -1).to(_compute_dtype(cache)).contiguous(),
+            _by_token(key, key_dim).to(_compute_dtype(cache)),
+            _by_token(value, value_dim).to(_compute_dtype(cache)),
             scratch,
             slots,
         )
-        found |= _numbers_in(scratch).reshape(spec.kv_heads, region) << shift
-    found = found.cpu()
-    if not (found == found[0]).all() or not torch.equal(found[0].sort().values, numbers.cpu()):
+        found |= _numbers_in(scratch[1]).reshape(heads, region) << shift
+    by_head = (found - torch.arange(heads, device=cache.device).view(heads, 1) * region).cpu()
+    once = torch.equal(by_head[0].sort().values, numbers[0].cpu()) and bool((by_head == by_head[0]).all())
+    if not once or bool(_numbers_in(scratch[0]).any()):
         raise UnsupportedModel(
-            f"layer {spec.name}: the engine does not write each element of a block exactly once"
+            f"layer {spec.name}: the engine does not write each element of a block exactly once, "
+            "head by head, where the strides of its cache say"
         )
     place = torch.arange(region, dtype=torch.int64)
     offsets = torch.empty(region, dtype=torch.int64)
-    offsets[found[0]] = place // columns * cache.stride(2) + place % columns * cache.stride(3)
+    offsets[by_head[0] - 1] = place // columns * cache.stride(2) + place % columns * cache.stride(3)
     return offsets[: block_tokens * key_dim].tolist(), offsets[block_tokens * key_dim :].tolist()
 
 
+def _by_token(of_heads: torch.Tensor, dim: int) -> torch.Tensor:
+    """[head][token * dim + d] as engines compute it: [token][head][d]."""
+    heads = of_heads.shape[0]
+    return of_heads.reshape(heads, -1, dim).transpose(0, 1).contiguous()
+
+
 def _numbers_in(scratch: torch.Tensor) -> torch.Tensor:
-    """What was written to the scratch block, as whole numbers."""
-    values = scratch[0].contiguous()
+    """What was written to a scratch block, as whole numbers."""
+    values = scratch.contiguous()
     if values.dtype == torch.uint8:  # how vLLM holds fp8
         values = values.view(torch.float8_e4m3fn)
     return values.float().to(torch.int64)

@@ -5,22 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvstrata.connector.lookups import Lookup
 from kvstrata.core.keys import KeyChain
-from kvstrata.core.slots import Slot
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
-
-
-@dataclass(slots=True)
-class Lookup:
-    """One question to the store. `slots` is None until it has answered."""
-
-    lease: int
-    epoch: bytes
-    posted: float
-    slots: tuple[Slot, ...] | None = None
 
 
 @dataclass(slots=True)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 from kvstrata.connector.books import Outbox, Save, SaveBook, Stage
 from kvstrata.connector.jobs import ChunkCopy, LoadJob
+from kvstrata.connector.lookups import Lookup, LookupBook, LookupStage
 from kvstrata.connector.vllm.compat import all_tokens, is_streaming_input, prompt_tokens, skips_prefix_cache
 from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
-from kvstrata.connector.vllm.requests import Loading, Lookup, Tracked, taken_blocks
+from kvstrata.connector.vllm.requests import Loading, Tracked, taken_blocks
 from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import Answer, Call, Lost, NodeClient
 from kvstrata.core.config import ClientConfig
@@ -57,8 +58,7 @@ class SchedulerConnector:
         self._chunk_tokens, self._block_tokens, self._ranks = chunk_tokens, block_tokens, ranks
         self._tracked: dict[str, Tracked] = {}
         self._loading: dict[int, Loading] = {}
-        self._lookups: dict[int, Tracked] = {}  # leases asked for or held, not yet given to a load
-        self._unanswered: dict[int, float] = {}  # leases that the store may have granted already: when asked
+        self._lookups = LookupBook()
         self._next_expiry = 0.0
         self._saves = SaveBook()
         self._outbox = Outbox()
@@ -106,13 +106,11 @@ class SchedulerConnector:
         if session is None or not tracked.may_load or not keys:
             return
         self._follow(session.epoch)
-        if len(self._unanswered) >= _UNANSWERED_MAX:
+        if self._lookups.unanswered >= _UNANSWERED_MAX:
             tracked.asked = 0.0  # it is asked for when the engine considers it
             return
         lease = next(self._numbers)
-        tracked.lookup = Lookup(lease, session.epoch, tracked.asked)
-        self._lookups[lease] = tracked
-        self._unanswered[lease] = tracked.asked
+        tracked.lookup = self._lookups.ask(lease, session.epoch, tracked.request.request_id, tracked.asked)
         call = Match(self._client.client, self._client.next_seq(), lease, tuple(keys))
         self._client.post(session, call)
 
@@ -133,10 +131,10 @@ class SchedulerConnector:
         lookup = tracked.lookup
         if lookup is None:
             return 0, False
-        if lookup.slots is None:
+        if lookup.stage is LookupStage.ASKED:
             self._collect(self._wait_budget_s, until=lookup)
-        if lookup.slots is None and tracked.lookup is lookup:
-            if time.monotonic() - lookup.posted < self._config.call_deadline:
+        if lookup.stage is LookupStage.ASKED:
+            if time.monotonic() - lookup.asked < self._config.call_deadline:
                 return None, False
             self._release(tracked)  # the store is slow: do without
             self.stats.count("slow_lookups")
@@ -148,30 +146,28 @@ class SchedulerConnector:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption, or after queueing for a while without all it wants.
+        """Whether to ask (again): after a preemption, or after queueing for a while without a lease.
 
-        By now the store may have more, may be less busy, or may be there at all.
+        By now the store may have something, may be less busy, or may be there at all.
         """
         if tracked.preemptions < tracked.request.num_preemptions:
             return True
-        slots = tracked.lookup.slots if tracked.lookup else ()
-        if slots is None or len(slots) == len(tracked.chain.keys):
+        if tracked.lookup and tracked.lookup.stage is not LookupStage.OVER:
             return False
         return time.monotonic() - tracked.asked > _ASK_AGAIN_S
 
     def _asked_enough(self) -> bool:
         """Whether the lookups under way are as many as may be, and will be answered soon."""
-        if len(self._unanswered) < _UNANSWERED_MAX:
+        if self._lookups.unanswered < _UNANSWERED_MAX:
             return False
         self._collect(0.0)
-        oldest = next(iter(self._unanswered.values()), 0.0)
-        patient = time.monotonic() - oldest < self._config.call_deadline
-        return len(self._unanswered) >= _UNANSWERED_MAX and patient
+        patient = time.monotonic() - self._lookups.oldest_question < self._config.call_deadline
+        return self._lookups.unanswered >= _UNANSWERED_MAX and patient
 
     def _loadable(self, tracked: Tracked) -> int:
         """Tokens, from the start, that the lookup found; whole blocks, and never the last token."""
         lookup = tracked.lookup
-        if lookup is None or not lookup.slots:
+        if lookup is None or lookup.stage is not LookupStage.HELD:
             return 0
         last: int = tracked.request.num_tokens - 1
         return min(len(lookup.slots) * self._chunk_tokens, last - last % self._block_tokens)
@@ -182,7 +178,7 @@ class SchedulerConnector:
         """The engine has allocated `blocks`; the last `external` computed tokens are ours to load."""
         tracked = self._tracked.get(request.request_id)
         lookup = tracked.lookup if tracked else None
-        if tracked is None or lookup is None or not lookup.slots:
+        if tracked is None or lookup is None or lookup.stage is not LookupStage.HELD:
             return  # nothing was offered: `external` is 0
         if external == 0:
             self._release(tracked)
@@ -198,10 +194,10 @@ class SchedulerConnector:
             if first_chunk <= i and i * self._chunk_tokens < end
         ]
         job = next(self._numbers)
-        load = LoadJob(job, lookup.epoch, tuple(chunks), lookup.posted + self._config.load_deadline)
+        load = LoadJob(job, lookup.epoch, tuple(chunks), lookup.asked + self._config.load_deadline)
         self._new_loads.append((request.request_id, load))
         self._loading[job] = Loading(request.request_id, lookup.lease, lookup.epoch, first_chunk, external)
-        self._lookups.pop(lookup.lease)
+        self._lookups.end(lookup)
         tracked.lookup = None
 
     def _chunk_blocks(self, blocks: list[int], chunk: int, start: int, end: int) -> tuple[int, ...]:
@@ -221,7 +217,7 @@ class SchedulerConnector:
         self._expire_lookups()
         for save in self._saves.ask_again(time.monotonic()):
             self._outbox.reserve.append((save.job, save.key))
-        waits = idle and (self._update or self._lookups or self._unanswered or self._saves.postponed)
+        waits = idle and (self._update or self._lookups.leases or self._saves.postponed)
         self._collect(self._wait_budget_s if waits else 0.0)
         loaded = [block for _, load in self._new_loads for chunk in load.chunks for block in chunk.blocks]
         flush = self._flush_overwritten(taken_blocks(output, self._block_tokens) + loaded)
@@ -257,10 +253,11 @@ class SchedulerConnector:
         """
         tokens = all_tokens(tracked.request)
         full = min(computed, len(tokens)) // self._chunk_tokens
-        if full <= tracked.next_save or self._epoch is None or not self._config.save:
+        if full <= tracked.next_save or not self._config.save or not self._in_reach():
             return
         keys = tracked.chain.extend(tokens) if full > len(tracked.chain.keys) else tracked.chain.keys
         per_chunk = self._chunk_tokens // self._block_tokens
+        assert self._epoch is not None
         for chunk in range(tracked.next_save, full):
             if keys[chunk] not in self._saves:
                 blocks = tuple(tracked.blocks[chunk * per_chunk : (chunk + 1) * per_chunk])
@@ -275,7 +272,7 @@ class SchedulerConnector:
         """Saves whose blocks this step overwrites: copied first, or given up if they have no slot yet."""
         flush = []
         for save in self._saves.overwritten(taken):
-            if save.stage is Stage.WANTED and self._update is not None:
+            if save.stage is Stage.WANTED and self._is_asked_for(save):
                 self._collect(self._wait_budget_s, until=save)
             if save.stage is Stage.WANTED:
                 self._give_up(save)
@@ -283,14 +280,18 @@ class SchedulerConnector:
                 flush.append(save.job)
         return flush
 
-    def _give_up(self, save: Save) -> None:
+    def _is_asked_for(self, save: Save) -> bool:
+        """Whether the store's answer for it is on its way."""
+        return self._update is not None and (save.job, save.key) in self._update.reserve
+
+    def _give_up(self, save: Save, why: str = "lost_saves") -> None:
         self._saves.drop(save.job)
         reserved = (save.job, save.key)
         if reserved in self._outbox.reserve:
             self._outbox.reserve.remove(reserved)
         else:
             self._outbox.aborted.append(save.job)
-        self.stats.count("lost_saves")
+        self.stats.count(why)
 
     # --- 5. finished: the last chunk ---------------------------------------------------------
 
@@ -387,24 +388,20 @@ class SchedulerConnector:
         else:
             for job, _ in call.reserve:
                 if self._saves.drop(job):
-                    self.stats.count("lost_saves")
+                    self.stats.count("saves_out_of_reach")
 
     def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
-        self._unanswered.pop(call.lease, None)
-        tracked = self._lookups.get(call.lease)
-        lookup = tracked.lookup if tracked else None
         slots = answer.slots if isinstance(answer, Matched) else ()
-        if tracked is None or lookup is None or lookup.lease != call.lease or epoch != self._epoch:
-            # Nobody wants it any more. If the call got lost, the store may still have leased something.
-            if epoch == self._epoch and (slots or isinstance(answer, Lost)):
-                self._outbox.released.append(call.lease)
+        lookup = self._lookups.answer(call.lease, slots)
+        unwanted = lookup is None and slots
+        # If the call got lost, the store may still have leased something.
+        if epoch == self._epoch and (unwanted or isinstance(answer, Lost)):
+            self._outbox.released.append(call.lease)
+        if lookup is None:
             return
-        lookup.slots = slots
-        tracked.next_save = max(tracked.next_save, len(slots))
-        if not slots:
-            del self._lookups[call.lease]
-            if isinstance(answer, Lost):
-                self._outbox.released.append(call.lease)
+        tracked = self._tracked.get(lookup.request_id)
+        if tracked is not None and tracked.lookup is lookup:
+            tracked.next_save = max(tracked.next_save, len(slots))
         if isinstance(answer, Refused):
             self.stats.count(f"lookup_{answer.why.value}")
         if isinstance(answer, Matched):
@@ -413,12 +410,12 @@ class SchedulerConnector:
 
     def _release(self, tracked: Tracked) -> None:
         """The request's lookup is of no use any more; an answer that is still to come finds nobody."""
-        lookup, tracked.lookup = tracked.lookup, None
-        held = lookup is not None and lookup.lease in self._lookups
-        if lookup is None or not held:
-            return
-        del self._lookups[lookup.lease]
-        if lookup.slots and lookup.epoch == self._epoch:
+        if tracked.lookup is not None:
+            self._end(tracked.lookup)
+            tracked.lookup = None
+
+    def _end(self, lookup: Lookup) -> None:
+        if self._lookups.end(lookup) and lookup.epoch == self._epoch:
             self._outbox.released.append(lookup.lease)
 
     def _expire_lookups(self) -> None:
@@ -427,16 +424,14 @@ class SchedulerConnector:
         if now < self._next_expiry:
             return
         self._next_expiry = now + _EXPIRY_EVERY_S
-        oldest = now - self._config.load_deadline / 2
-        for tracked in list(self._lookups.values()):
-            if tracked.lookup and tracked.lookup.slots and tracked.lookup.posted < oldest:
-                self._release(tracked)
+        for lookup in self._lookups.held_since(now - self._config.load_deadline / 2):
+            self._end(lookup)
 
     def _follow(self, epoch: bytes | None) -> None:
         """The books are about one store process. When another one answers, what the old one held is void."""
         if epoch is None:  # out of reach: what the workers do not have yet will not be saved
             for save in self._saves.of_other_stores(None):
-                self._give_up(save)
+                self._give_up(save, "saves_out_of_reach")
             return
         self._reached = time.monotonic()
         if epoch == self._epoch:
@@ -446,13 +441,16 @@ class SchedulerConnector:
         self._update = None
         for save in self._saves.of_other_stores(epoch):
             self._saves.drop(save.job)
-        for tracked in list(self._lookups.values()):
-            tracked.lookup = None
-        self._lookups.clear()
+        self._lookups.end_all()
+
+    def _in_reach(self) -> bool:
+        """Whether the store that the books are about answers."""
+        session = self._client.session
+        return session is not None and session.epoch == self._epoch
 
     def _send_update(self) -> None:
         session = self._client.session
-        if session is None or self._update is not None or not self._outbox or session.epoch != self._epoch:
+        if session is None or self._update is not None or not self._outbox or not self._in_reach():
             return
         leases, jobs = self._held()
         self._update = self._outbox.take(self._client.client, self._client.next_seq(), leases, jobs)
@@ -463,7 +461,7 @@ class SchedulerConnector:
 
         Lookups without an answer count: the store may have leased already.
         """
-        leases = len(self._unanswered.keys() | self._lookups.keys()) + sum(
+        leases = self._lookups.leases + sum(
             loading.epoch == self._epoch for loading in self._loading.values()
         )
         jobs = sum(s.stage is not Stage.WANTED and s.epoch == self._epoch for s in self._saves.saves.values())
@@ -477,7 +475,7 @@ class SchedulerConnector:
         """
         if self._client.session is None and time.monotonic() - self._reached > _PATIENCE_S:
             return self._saves.copying > 0
-        return bool(self._saves or self._update or self._outbox or self._unanswered)
+        return bool(self._saves or self._update or self._outbox or self._lookups.unanswered)
 
     def reset(self) -> None:
         """Forget the cache: nothing stored so far is found again by this engine.
@@ -495,5 +493,5 @@ class SchedulerConnector:
 
 def _open(awaited: Lookup | Save) -> bool:
     if isinstance(awaited, Lookup):
-        return awaited.slots is None
+        return awaited.stage is LookupStage.ASKED
     return awaited.stage is Stage.WANTED

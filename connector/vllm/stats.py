@@ -25,6 +25,7 @@ COUNTERS = {
     "failed_saves": "Chunks that could not be copied",
     "unpackable_chunks": "Of these, chunks whose numbers are spread too widely to be packed",
     "lost_saves": "Chunks whose blocks were reused before they had a slot",
+    "saves_out_of_reach": "Chunks given up because the node store went out of reach",
     "bytes_loaded": "Bytes copied from the host pool",
     "bytes_saved": "Bytes copied to the host pool",
     "load_seconds": "Seconds spent copying from the host pool",

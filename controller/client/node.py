@@ -125,6 +125,13 @@ class NodeClient:
     # --- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._keep_connected()
+        finally:
+            if not self._closing.is_set():  # an error that nobody foresaw: the thread's traceback says which
+                self._notify("kvstrata is not used any more: its client ended with an error, see the log")
+
+    def _keep_connected(self) -> None:
         while not self._closing.is_set():
             try:
                 paths = runtime_paths(self._config.node)
@@ -242,6 +249,8 @@ class NodeClient:
             self._answers.put((session, call, answer))
             if isinstance(answer, Refused) and answer.why is Why.UNKNOWN_CLIENT:
                 raise ConnectionResetError("the node store wants this engine to introduce itself again")
+            if isinstance(answer, Refused) and answer.why is Why.STOPPED and not self._side_alive():
+                raise ConnectionResetError("the node store has hung up on this engine")
 
     def _fail_waiting_calls(self) -> None:
         while True:

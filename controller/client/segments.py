@@ -211,11 +211,13 @@ class SegmentMap:
     def _handle(self, connection: SideConnection, message: dict[str, object], fds: list[int]) -> None:
         try:
             offered = message.get("segment")
-            if not isinstance(offered, dict) or len(fds) != 1:
+            if not isinstance(offered, dict) or len(fds) > 1:
                 log.warning("unexpected side message %s", sorted(message))
                 return
             segment, nbytes = int(offered["id"]), int(offered["nbytes"])
-            usable = self._take(connection.epoch, segment, fds[0], nbytes)
+            if not fds:
+                log.warning("segment %d did not arrive: raise this process's limit of open files", segment)
+            usable = bool(fds) and self._take(connection.epoch, segment, fds[0], nbytes)
             connection.send({"registered" if usable else "unusable": segment})
         except (OSError, KeyError, TypeError, ValueError) as error:
             log.warning("an offer of the node store came to nothing: %s", error)

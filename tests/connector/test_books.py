@@ -240,9 +240,9 @@ def test_a_save_that_found_the_pool_growing_asks_again_but_not_for_ever() -> Non
     assert book.postpone(1, 10.01)
     assert book.ask_again(10.02) == []  # not every step
     assert [save.job for save in book.ask_again(10.06)] == [1]
-    assert not book.postpone(1, 15.1)
+    assert not book.postpone(1, 22.1)
     book.drop(1)
-    assert book.ask_again(16.0) == []
+    assert book.ask_again(23.0) == []
 
 
 def test_a_postponed_save_whose_blocks_were_taken_asks_no_more() -> None:

@@ -290,7 +290,21 @@ def test_two_pictures_at_one_place_never_share_a_chunk(identity: Identity) -> No
         asked = request(mm_features=features)
         return KeyChain(known(identity, asked), 256, identity.extras(asked, 256)).extend([7] * 1024)
 
-    cat, dog, cat_dog = keys("cat"), keys("dog"), keys("cat", "dog")
+    picture = {"cat": "ca" * 32, "dog": "d0" * 32}
+    cat, dog, cat_dog = keys(picture["cat"]), keys(picture["dog"]), keys(*picture.values())
     assert not set(cat) & set(dog)
     assert cat[0] == cat_dog[0]  # the second picture begins in the second chunk
     assert not set(cat[1:]) & set(cat_dog[1:])
+
+
+@pytest.mark.parametrize("name", ["renderer0-mm-7-image-0", "my-cat", "", "a" * 63])
+def test_an_item_whose_name_is_no_hash_of_its_content_is_not_cached(identity: Identity, name: str) -> None:
+    feature = SimpleNamespace(identifier=name, mm_position=SimpleNamespace(offset=0, length=40))
+    with pytest.raises(UnsupportedModel, match="no hash of an item's content"):
+        identity.extras(request(mm_features=[feature]), 256)
+
+
+@pytest.mark.parametrize("name", ["0f" * 32, "adapter:" + "0f" * 32, "0f" * 64])
+def test_an_item_named_by_its_content_is_part_of_the_key(identity: Identity, name: str) -> None:
+    feature = SimpleNamespace(identifier=name, mm_position=SimpleNamespace(offset=0, length=40))
+    assert identity.extras(request(mm_features=[feature]), 256)

@@ -66,6 +66,18 @@ def forgetful(
     by_rows(_, key, torch.zeros_like(value), cache, slots)
 
 
+def swapped(_: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Heads in another order than the axis of heads says"""
+    by_rows(_, key.flip(1), value.flip(1), cache, slots)
+
+
+def misplaced(
+    _: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Blocks at another stride than the axis of blocks says"""
+    by_rows(_, key, value, cache, slots - TOKENS)
+
+
 def layer(write: Write) -> Any:
     return SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=write))
 
@@ -95,9 +107,16 @@ def test_what_the_engine_writes_is_what_a_chunk_holds(write: Write) -> None:
     assert (cache.planes[0].table is not None) == (write is paired)
 
 
-def test_an_engine_that_does_not_write_everything_is_refused() -> None:
+@pytest.mark.parametrize("write", [forgetful, swapped, misplaced])
+def test_an_engine_that_writes_otherwise_than_its_tensors_say_is_refused(write: Write) -> None:
     with pytest.raises(UnsupportedModel, match=r"layer\.0: the engine does not write each element"):
-        made(forgetful)
+        made(write)
+
+
+def test_layers_with_different_numbers_of_blocks_are_refused() -> None:
+    one, other = (torch.zeros(blocks, HEADS, TOKENS, 2 * DIM) for blocks in (BLOCKS, BLOCKS + 1))
+    with pytest.raises(UnsupportedModel, match=r"different numbers of KV blocks: \[6, 7\]"):
+        made(by_rows, a=one, b=other)
 
 
 def test_tensors_of_another_shape_or_shared_ones_are_refused() -> None:

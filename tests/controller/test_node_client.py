@@ -299,11 +299,18 @@ def test_a_segment_is_announced_once_it_is_registered_with_the_device(
 def test_what_is_no_offer_is_passed_over(worker: Worker, memory: int) -> None:
     worker.offer({"news": 1})
     worker.offer({"segment": 7}, memory)
-    worker.offer(segment(1))
     worker.offer(segment(2), memory, memory)
     worker.offer(segment(3), memory)
     assert worker.said() == {"registered": 3}
     assert [worker.mapping(number) is not None for number in range(4)] == [False, False, False, True]
+
+
+def test_a_segment_whose_descriptor_did_not_arrive_is_called_unusable(worker: Worker, memory: int) -> None:
+    """As when the process has too many open files: the kernel drops the descriptor, not the message."""
+    worker.offer(segment(1))
+    assert worker.said() == {"unusable": 1}
+    worker.offer(segment(1), memory)
+    assert worker.said() == {"registered": 1}
 
 
 def test_a_segment_that_cannot_be_mapped_is_called_unusable(worker: Worker, memory: int) -> None:

@@ -113,3 +113,42 @@ def test_an_eviction_gives_up_after_a_while(
     store.step(SegmentRegistered("other", 0, 1))
     assert other.reserve(11, 12) == [Why.FULL] * 2
     assert shown() == 3, "not once more for the second"
+
+
+def test_what_a_model_has_left_behind_goes_before_anything_of_another(store: Store, engine: Engine) -> None:
+    """Two segments of the old model's, and a new one with slots twice as large: it gets both."""
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    store.tick(60)
+    large = store.engine("large", slot_bytes=2 * SLOT)
+    large.save(101, 102)
+    store.tick(1)
+    large.save(103, 104)
+    assert len(large.match(101)) == 1 and len(large.match(103)) == 1
+    assert not engine.match(1) and not engine.match(5)
+
+
+def test_a_model_in_use_keeps_its_segments_while_another_reuses_its_own(store: Store, engine: Engine) -> None:
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    store.tick(60)
+    large = store.engine("large", slot_bytes=2 * SLOT)
+    large.save(101, 102)  # one segment changes hands: the pool has no other room
+    (kept,) = [number for number in (1, 5) if engine.match(number)]
+    engine.tell(released=tuple(engine.leases))
+    for number in range(103, 120):
+        store.tick(1)
+        large.save(number)
+        store.tick(1)
+        assert len(engine.match(kept)) == 1
+        engine.tell(released=tuple(engine.leases))
+
+
+def test_only_segments_that_the_writer_has_mapped_change_hands(store: Store, engine: Engine) -> None:
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    store.tick(60)
+    large = Engine(store, "large", 2 * SLOT, workers=1)
+    large.open()
+    assert large.reserve(101) == [Why.FULL]
+    assert len(engine.match(1, 2, 3, 4)) == 4

@@ -159,7 +159,7 @@ class Engine:
         return {
             "tracked": len(side._tracked),
             "loading": len(side._loading),
-            "lookups": len(side._lookups),
+            "lookups": len(side._lookups.wanted),
             "saves": len(side._saves),
             "watched_blocks": len(side._saves._by_block),
         }

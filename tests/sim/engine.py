@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -254,10 +255,9 @@ class SimEngine:
         """A request that queues keeps no lease for long."""
         now, before = self.world.clock.now, self._leases
         self._leases = {}
-        for tracked in self.connector._lookups.values():
-            if tracked.lookup and tracked.lookup.slots:
-                lease, request = tracked.lookup.lease, cast(SimRequest, tracked.request)
-                self._leases[lease] = request, before[lease][1] if lease in before else now
+        for lookup in self.connector._lookups.held_since(math.inf):
+            request = cast(SimRequest, self.connector._tracked[lookup.request_id].request)
+            self._leases[lookup.lease] = request, before[lookup.lease][1] if lookup.lease in before else now
         given_back = [request for lease, (request, _) in before.items() if lease not in self._leases]
         self.world.seen["gave_back_and_queues"] += sum(r.at is At.WAITING for r in given_back)
         for lease, (request, since) in self._leases.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvstrata.connector.books import Outbox, Save
+from kvstrata.connector.lookups import LookupBook
 from kvstrata.connector.vllm.metadata import WorkDone
 from kvstrata.connector.vllm.requests import Tracked
 from kvstrata.connector.vllm.scheduler import SchedulerConnector
@@ -107,10 +108,10 @@ class SleepsOnQuestions(SchedulerConnector):
     """Nothing keeps the engine awake for a lease that the store may be granting."""
 
     def busy(self) -> bool:
-        unanswered = self._unanswered.copy()
-        self._unanswered.clear()
+        asked = self._lookups
+        self._lookups = LookupBook()
         busy = super().busy()
-        self._unanswered.update(unanswered)
+        self._lookups = asked
         return busy
 
 
@@ -162,14 +163,14 @@ class IgnoresLateAnswers(SchedulerConnector):
     """A lease that came too late is kept."""
 
     def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
-        wanted = call.lease in self._lookups
+        wanted = any(lookup.lease == call.lease for lookup in self._lookups.wanted)
         super()._match_answered(epoch, call, answer if wanted else Matched((), being_written=False))
 
 
 class AbortsInSilence(SchedulerConnector):
     """A slot for a save that was given up is never given back."""
 
-    def _give_up(self, save: Save) -> None:
+    def _give_up(self, save: Save, why: str = "") -> None:
         self._saves.drop(save.job)
 
 

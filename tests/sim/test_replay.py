@@ -29,7 +29,7 @@ SEEN_AT_LEAST = {
     "aborted_at_once": 50,  # by the one who had woken the engine
     "aborted_while_loading": 20,
     "reset_while_loading": 10,
-    "new_weights": 50,
+    "new_weights": 30,
     "gave_back_and_queues": 200,  # leases that were too old
     "slow_lookups": 30,
     "lost_matches": 80,
