@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvstrata.connector.host_copies import Segments
 from kvstrata.connector.jobs import ChunkCopy, Fence, LoadJob, Report, SaveJob
@@ -28,12 +29,9 @@ class DeviceCopies:
     def load(self, job: LoadJob, after: Fence | None) -> Report:
         started = time.monotonic()
         with contextlib.ExitStack() as held:
-            chunks: list[Chunk] = []
-            for copy in job.chunks:
-                chunk = self._chunk(held, job.epoch, copy)
-                if chunk is None:
-                    break
-                chunks.append(chunk)
+            mapped = self._map(held, job.epoch, job.chunks)
+            there = itertools.takewhile(lambda copy: copy.segment in mapped, job.chunks)
+            chunks = [Chunk(mapped[copy.segment] + copy.offset, copy.blocks, copy.key) for copy in there]
             try:
                 done, mismatch = self._loads.load(chunks, _event(after), job.expires)
             except (DeviceError, ValueError):
@@ -55,16 +53,18 @@ class DeviceCopies:
         started = time.monotonic()
         reports = {job.job: Report(job.job, ok=False) for job in jobs}
         with contextlib.ExitStack() as held:
-            mapped = [
-                (job, chunk) for job in jobs if (chunk := self._chunk(held, job.epoch, job.chunk)) is not None
+            begun = [
+                (job, Chunk(address + job.chunk.offset, job.chunk.blocks, job.chunk.key))
+                for job in jobs
+                for address in self._map(held, job.epoch, [job.chunk]).values()
             ]
             try:
-                outcome = self._saves.save([chunk for _, chunk in mapped], _event(after))
+                outcome = self._saves.save([chunk for _, chunk in begun], _event(after))
             except (DeviceError, ValueError):
-                log.exception("save of %d chunks failed", len(mapped))
+                log.exception("save of %d chunks failed", len(begun))
                 return list(reports.values())
-        seconds = (time.monotonic() - started) / max(1, len(mapped))
-        for (job, _), misfit in zip(mapped, outcome, strict=True):
+        seconds = (time.monotonic() - started) / max(1, len(begun))
+        for (job, _), misfit in zip(begun, outcome, strict=True):
             report = reports[job.job]
             report.ok, report.does_not_fit = misfit is None, misfit is not None
             report.nbytes, report.seconds = (self._slot_bytes if report.ok else 0), seconds
@@ -75,9 +75,14 @@ class DeviceCopies:
         self._loads.close()
         self._saves.close()
 
-    def _chunk(self, held: contextlib.ExitStack, epoch: bytes, copy: ChunkCopy) -> Chunk | None:
-        mapping = held.enter_context(self._segments.use(epoch, copy.segment))
-        return Chunk(mapping.address + copy.offset, copy.blocks, copy.key) if mapping else None
+    def _map(self, held: contextlib.ExitStack, epoch: bytes, copies: Iterable[ChunkCopy]) -> dict[int, int]:
+        """Address of each segment that the copies touch, as long as `held` is; of those that are mapped."""
+        addresses: dict[int, int] = {}
+        for segment in dict.fromkeys(copy.segment for copy in copies):
+            mapping = held.enter_context(self._segments.use(epoch, segment))
+            if mapping is not None:
+                addresses[segment] = mapping.address
+        return addresses
 
 
 def _event(after: Fence | None) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `kvstrata demo | node | check | stats | results`.
+"""The command line: `kvstrata demo | bench | node | check | stats | results`.
 
 Only the arguments are here; what a command does is imported once it is chosen, so that `--help`
 answers at once. Exit status: 0 well, 1 something is not as it should be, 2 no node store answers
@@ -45,6 +45,10 @@ def _run(options: argparse.Namespace) -> int:
         from kvstrata.controller.demo.command import demo
 
         return demo(options)
+    if options.command == "bench":
+        from kvstrata.controller.bench.command import bench
+
+        return bench(options)
     if options.command == "results":
         from kvstrata.controller import cli_results
 
@@ -61,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvstrata {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="show kvstrata at work with real engines, in minutes"))
+    _add_bench(commands.add_parser("bench", help="measure copies and serving on this machine's GPU"))
     _add_node(commands.add_parser("node", help="run this host's node store in the foreground, or end it"))
     check = commands.add_parser(
         "check", help="ask the running node store whether its books are right; exit 1 if not"
@@ -94,6 +99,29 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, metavar="N", help="first port to use; without it, free ones")
     parser.add_argument("--quick", action="store_true", help="fewer questions: faster, less exact")
     parser.add_argument("--keep", action="store_true", help="keep the engines' logs")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    copy = what.add_parser("copy", help="chunks between a GPU's KV cache and host memory")
+    serving = what.add_parser("serve", help="vLLM with kvstrata, without, and with other connectors")
+    for one in (copy, serving):
+        one.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    serving.add_argument("--runner", choices=("v1", "v2"), default="v2", help="vLLM's model runner (v2)")
+    serving.add_argument(
+        "--arms",
+        nargs="+",
+        default=["plain", "kvstrata", "offload", "lmcache"],
+        choices=["plain", "kvstrata", "offload", "lmcache"],
+        help="engines to compare, all at once on one GPU; each takes 18 GiB of its memory and --kv-gib",
+    )
+    serving.add_argument(
+        "--kv-gib", type=float, default=14.0, metavar="N", help="GPU memory for KV, each (14)"
+    )
+    serving.add_argument(
+        "--pool-gib", type=int, default=26, metavar="N", help="host memory for KV, each (26)"
+    )
+    serving.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of the KV cache (auto)")
 
 
 def _add_node(parser: argparse.ArgumentParser) -> None:

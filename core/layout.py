@@ -193,11 +193,12 @@ class ChunkLayout:
 
         They follow from layout and key alone, so a reader compares instead of parsing.
         """
-        before, after = self._header_around_key
+        before, after = self.header_around_key
         return before + key + after
 
     @cached_property
-    def _header_around_key(self) -> tuple[bytes, bytes]:
+    def header_around_key(self) -> tuple[bytes, bytes]:
+        """What comes before and after the key in the header of every chunk."""
         fixed = _HEADER.pack(
             _MAGIC,
             FORMAT_VERSION,

@@ -237,7 +237,7 @@ def _median_ms(product: Product) -> float:
         product.graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(float(begin.elapsed_time(end)))
     return statistics.median(times)
 
 

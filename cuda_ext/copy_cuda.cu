@@ -1,13 +1,13 @@
 // The pipe: chunks between pinned host memory and engine blocks, through slabs of staging memory.
 //
 // Rule of this file: everything is enqueued; a caller waits for a slab, and at last for its own end.
-// Kernels go on one stream. Copies take turns on two others: after each, an event makes the copy engine
-// wait until its bytes have arrived, and meanwhile the other stream's copy uses the link.
+// Copies go on one stream and kernels on another, so that a slab is filled while another is worked on.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <vector>
@@ -35,6 +35,8 @@ struct Piece {
 // A chunk as one codec stores it.
 struct Plan {
     std::vector<Piece> pieces;
+    std::vector<uint8_t> before_key, after_key;
+    int64_t at_once = 1;  // chunks that move together
     kvs_plane* planes = nullptr;  // in device memory, as the next
     int32_t* first_of = nullptr;
 };
@@ -46,9 +48,7 @@ struct Slab {
 };
 
 constexpr int SHARED_OF_KERNELS = 1024;  // more than their own variables need
-constexpr int64_t PIECES = 8;  // that fit in staging memory; small ones stay in the GPU's cache
-constexpr int64_t SLABS_MIN = 3, SLABS_MAX = 32;
-constexpr int COPY_STREAMS = 2;
+constexpr int64_t SLABS = 4, SLABS_MIN = 3;
 
 }  // namespace
 
@@ -64,9 +64,8 @@ struct kvs_pipe {
     std::vector<Plan> plans;
     std::vector<Slab> slabs;
     std::vector<kvs_ticket*> tickets;  // not in use
-    cudaStream_t copies[COPY_STREAMS] = {}, kernels = nullptr;
+    cudaStream_t copies = nullptr, kernels = nullptr;
     cudaEvent_t read = nullptr;  // all saves enqueued so far have read their blocks
-    cudaEvent_t other = nullptr;  // the second stream of copies
     int shared_max = 0;  // bytes of shared memory that one thread block may have
     size_t next_slab = 0;
     std::mutex turn;  // calls enqueue one after the other; they wait for their ends together
@@ -121,7 +120,7 @@ std::vector<Piece> cut(const kvs_pipe_shape& shape, const kvs_plane* planes, int
         const int64_t nbytes = sub_block_bytes(plane, shape.chunk_tokens);
         const int64_t to = from + (plane.heads - 1) * plane.slot_stride + nbytes;
         // A layer's planes lie between each other's heads: they overlap.
-        if (pieces.empty() || (from >= end && to - begin > shape.staging_bytes / PIECES)) {
+        if (pieces.empty() || (from >= end && to - begin > shape.staging_bytes / SLABS)) {
             pieces.emplace_back();
             pieces.back().first_plane = static_cast<int32_t>(p);
             begin = end = from;
@@ -151,91 +150,151 @@ int32_t room_for(const kvs_pipe& pipe, int64_t nbytes) {
     return room <= pipe.shared_max ? static_cast<int32_t>(room) : 0;
 }
 
-Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const kvs_chunk& chunk, int64_t* flag) {
-    const Plan& plan = pipe.plans[static_cast<size_t>(chunk.plan)];
+// Some consecutive chunks of one plan that move together.
+struct Batch {
+    const kvs_chunks& all;
+    const Plan& plan;
+    int64_t first, count;
+    int64_t* flags;
+
+    uint8_t* slot(int64_t i) const { return all.slots[first + i]; }
+    const uint8_t* key(int64_t i) const { return all.keys + (first + i) * KVS_KEY_BYTES; }
+};
+
+// Whether the slot begins with the header of this chunk.
+bool begins_right(const Batch& batch, int64_t i) {
+    const auto& before = batch.plan.before_key;
+    const auto& after = batch.plan.after_key;
+    const uint8_t* at = batch.slot(i);
+    return std::memcmp(at, before.data(), before.size()) == 0 &&
+           std::memcmp(at + before.size(), batch.key(i), KVS_KEY_BYTES) == 0 &&
+           std::memcmp(at + before.size() + KVS_KEY_BYTES, after.data(), after.size()) == 0;
+}
+
+int64_t stride_of(const Piece& piece) { return (piece.end() - piece.offset() + 15) / 16 * 16; }
+
+Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch) {
+    const int64_t blocks = pipe.shape.chunk_tokens / pipe.shape.block_tokens;
     Job job = {};
-    job.planes = plan.planes + piece.first_plane;
-    job.first_of = plan.first_of + piece.first_plane;
+    job.planes = batch.plan.planes + piece.first_plane;
+    job.first_of = batch.plan.first_of + piece.first_plane;
     job.n_planes = piece.planes;
+    job.sub_blocks = piece.sub_blocks;
     job.block_tokens = pipe.shape.block_tokens;
     job.chunk_tokens = pipe.shape.chunk_tokens;
     job.data = slab.data;
+    job.stride = stride_of(piece);
     job.slot_offset = piece.offset();
-    job.checksums = reinterpret_cast<uint64_t*>(chunk.slot + pipe.shape.checksum_offset);
-    job.seed = chunk.seed;
-    job.flag = flag;
-    std::copy_n(chunk.block_ids, pipe.shape.chunk_tokens / pipe.shape.block_tokens, job.block_ids);
+    for (int64_t i = 0; i < batch.count; ++i) {
+        job.chunks[i].checksums = reinterpret_cast<uint64_t*>(batch.slot(i) + pipe.shape.checksum_offset);
+        job.chunks[i].flag = batch.flags + i;
+        std::memcpy(&job.chunks[i].seed, batch.key(i), sizeof(uint64_t));
+    }
+    std::copy_n(batch.all.block_ids + batch.first * blocks, batch.count * blocks, job.block_ids);
     return job;
 }
 
 // The next slab, once nobody needs its bytes: what is under way and cannot be recalled stays bounded.
-int take_slab(kvs_pipe& pipe, Slab** slab, cudaStream_t* copies) {
-    *copies = pipe.copies[pipe.next_slab % COPY_STREAMS];
+int take_slab(kvs_pipe& pipe, Slab** slab) {
     *slab = &pipe.slabs[pipe.next_slab++ % pipe.slabs.size()];
     KVS_TRY(cudaEventSynchronize((*slab)->free));
     return 0;
 }
 
-int load_piece(kvs_pipe& pipe, const Piece& piece, const kvs_chunk& chunk, int64_t* flag) {
-    Slab* slab;
-    cudaStream_t copies;
-    if (const int error = take_slab(pipe, &slab, &copies)) return error;
-    for (const Run& run : piece.runs) {
-        KVS_TRY(cudaMemcpyAsync(slab->data + (run.offset - piece.offset()), chunk.slot + run.offset,
-                                run.nbytes, cudaMemcpyHostToDevice, copies));
+// Slots that lie at equal distances are copied in one go: each copy costs the link some microseconds.
+// It fails if they are not in one registered piece of memory.
+bool copy_rows(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
+    const int64_t pitch = batch.count > 1 && piece.runs.size() == 1 ? batch.slot(1) - batch.slot(0) : 0;
+    bool even = pitch > 0;
+    for (int64_t i = 2; even && i < batch.count; ++i) even = batch.slot(i) - batch.slot(i - 1) == pitch;
+    if (!even) return false;
+    const Run& run = piece.runs.front();
+    uint8_t* stored = batch.slot(0) + run.offset;
+    const cudaError_t error = cudaMemcpy2DAsync(
+        load ? slab.data : stored, load ? stride_of(piece) : pitch, load ? stored : slab.data,
+        load ? pitch : stride_of(piece), run.nbytes, batch.count,
+        load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, pipe.copies);
+    if (error != cudaSuccess) cudaGetLastError();  // it is not the next call's
+    return error == cudaSuccess;
+}
+
+int copy_runs(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
+    if (copy_rows(pipe, piece, slab, batch, load)) return 0;
+    for (int64_t i = 0; i < batch.count; ++i) {
+        for (const Run& run : piece.runs) {
+            uint8_t* staged = slab.data + i * stride_of(piece) + (run.offset - piece.offset());
+            uint8_t* stored = batch.slot(i) + run.offset;
+            KVS_TRY(cudaMemcpyAsync(load ? staged : stored, load ? stored : staged, run.nbytes,
+                                    load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, pipe.copies));
+        }
     }
-    KVS_TRY(cudaEventRecord(slab->filled, copies));
+    return 0;
+}
+
+int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
+    Slab* slab;
+    if (const int error = take_slab(pipe, &slab)) return error;
+    if (const int error = copy_runs(pipe, piece, *slab, batch, true)) return error;
+    KVS_TRY(cudaEventRecord(slab->filled, pipe.copies));
     KVS_TRY(cudaStreamWaitEvent(pipe.kernels, slab->filled, 0));
-    Job job = job_of(pipe, piece, *slab, chunk, flag);
+    Job job = job_of(pipe, piece, *slab, batch);
     job.room = room_for(pipe, piece.stored_bytes);
-    scatter_kernel<<<piece.sub_blocks, THREADS, job.room, pipe.kernels>>>(job);
+    scatter_kernel<<<piece.sub_blocks * batch.count, THREADS, job.room, pipe.kernels>>>(job);
     KVS_TRY(cudaGetLastError());
     KVS_TRY(cudaEventRecord(slab->free, pipe.kernels));
     return 0;
 }
 
-int save_piece(kvs_pipe& pipe, const Piece& piece, const kvs_chunk& chunk, int64_t* flag) {
+int save_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     Slab* slab;
-    cudaStream_t copies;
-    if (const int error = take_slab(pipe, &slab, &copies)) return error;
-    const Job job = job_of(pipe, piece, *slab, chunk, flag);
-    gather_kernel<<<piece.sub_blocks, THREADS, piece.tables_bytes, pipe.kernels>>>(job);
+    if (const int error = take_slab(pipe, &slab)) return error;
+    const Job job = job_of(pipe, piece, *slab, batch);
+    gather_kernel<<<piece.sub_blocks * batch.count, THREADS, piece.tables_bytes, pipe.kernels>>>(job);
     KVS_TRY(cudaGetLastError());
     KVS_TRY(cudaEventRecord(slab->filled, pipe.kernels));
-    KVS_TRY(cudaStreamWaitEvent(copies, slab->filled, 0));
-    for (const Run& run : piece.runs) {
-        KVS_TRY(cudaMemcpyAsync(chunk.slot + run.offset, slab->data + (run.offset - piece.offset()),
-                                run.nbytes, cudaMemcpyDeviceToHost, copies));
-    }
-    KVS_TRY(cudaEventRecord(slab->free, copies));
+    KVS_TRY(cudaStreamWaitEvent(pipe.copies, slab->filled, 0));
+    if (const int error = copy_runs(pipe, piece, *slab, batch, false)) return error;
+    KVS_TRY(cudaEventRecord(slab->free, pipe.copies));
     return 0;
 }
 
-// The end of all that was enqueued so far.
-int mark(kvs_pipe& pipe, cudaEvent_t end, bool load) {
-    if (load) return static_cast<int>(cudaEventRecord(end, pipe.kernels));
-    KVS_TRY(cudaEventRecord(pipe.other, pipe.copies[1]));
-    KVS_TRY(cudaStreamWaitEvent(pipe.copies[0], pipe.other, 0));
-    return static_cast<int>(cudaEventRecord(end, pipe.copies[0]));
+// As many chunks from `first` on as may move together: all stored in the same way.
+Batch next_batch(const kvs_pipe& pipe, const kvs_chunks& chunks, int64_t first, int64_t* flags) {
+    const Plan& plan = pipe.plans[chunks.plans[first]];
+    int64_t count = 1;
+    while (count < plan.at_once && first + count < chunks.count &&
+           chunks.plans[first + count] == chunks.plans[first]) {
+        ++count;
+    }
+    return {chunks, plan, first, count, flags};
 }
 
 // Enqueues chunks until `expires`; `begun` counts them.
-int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunk* chunks, int64_t count, void* after,
-            double expires, bool load, int64_t* begun) {
+int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunks& chunks, void* after, double expires,
+            bool load, int64_t* begun) {
+    *begun = 0;
     KVS_TRY(cudaSetDevice(pipe.shape.device));
     const std::lock_guard<std::mutex> lock(pipe.turn);
     if (after != nullptr) KVS_TRY(cudaStreamWaitEvent(pipe.kernels, static_cast<cudaEvent_t>(after), 0));
     int error = 0;
-    for (*begun = 0; error == 0 && *begun < count && now_s() <= expires; ++*begun) {
-        const kvs_chunk& chunk = chunks[*begun];
-        int64_t* flag = ticket.flags + ticket.used++;
-        for (const Piece& piece : pipe.plans[static_cast<size_t>(chunk.plan)].pieces) {
-            error = load ? load_piece(pipe, piece, chunk, flag) : save_piece(pipe, piece, chunk, flag);
-            if (error != 0) break;
+    bool other = false;
+    while (error == 0 && !other && *begun < chunks.count && now_s() <= expires) {
+        Batch batch = next_batch(pipe, chunks, *begun, ticket.flags + ticket.used);
+        for (int64_t i = 0; load && !other && i < batch.count; ++i) {
+            if (begins_right(batch, i)) continue;
+            other = true;
+            batch.count = i;
+        }
+        ticket.used += batch.count;
+        *begun += batch.count;
+        for (const Piece& piece : batch.plan.pieces) {
+            if (error != 0 || batch.count == 0) break;
+            error = load ? load_piece(pipe, piece, batch) : save_piece(pipe, piece, batch);
         }
     }
-    const int marked = mark(pipe, ticket.end, load);
-    return error != 0 ? error : marked;
+    const cudaError_t marked = cudaEventRecord(ticket.end, load ? pipe.kernels : pipe.copies);
+    if (error == 0) error = static_cast<int>(marked);
+    return error == 0 && other ? KVS_OTHER_CHUNK : error;
 }
 
 int make_ticket(kvs_ticket* ticket) {
@@ -254,6 +313,13 @@ void end_ticket(kvs_ticket* ticket) {
 int make_plan(const kvs_pipe_shape& shape, const kvs_plan& given, Plan* plan) {
     std::vector<int32_t> first_of;
     plan->pieces = cut(shape, given.planes, given.n_planes, &first_of);
+    plan->before_key.assign(given.before_key, given.before_key + given.before_bytes);
+    plan->after_key.assign(given.after_key, given.after_key + given.after_bytes);
+    if (plan->pieces.size() == 1) {
+        const int64_t of_slab = shape.staging_bytes / SLABS / stride_of(plan->pieces.front());
+        const int64_t of_ids = KVS_BLOCKS_MAX / (shape.chunk_tokens / shape.block_tokens);
+        plan->at_once = std::max<int64_t>(1, std::min<int64_t>({of_slab, of_ids, CHUNKS_AT_ONCE}));
+    }
     const size_t planes = static_cast<size_t>(given.n_planes) * sizeof(kvs_plane);
     const size_t firsts = first_of.size() * sizeof(int32_t);
     KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&plan->planes), planes));
@@ -269,22 +335,19 @@ int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
     for (int64_t i = 0; i < n_plans; ++i) {
         if (const int error = make_plan(pipe.shape, plans[i], &pipe.plans[static_cast<size_t>(i)])) return error;
     }
-    for (cudaEvent_t* event : {&pipe.read, &pipe.other}) {
-        KVS_TRY(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-    }
-    for (cudaStream_t& copies : pipe.copies) KVS_TRY(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
+    KVS_TRY(cudaEventCreateWithFlags(&pipe.read, cudaEventDisableTiming));
+    KVS_TRY(cudaStreamCreateWithFlags(&pipe.copies, cudaStreamNonBlocking));
     KVS_TRY(cudaStreamCreateWithFlags(&pipe.kernels, cudaStreamNonBlocking));
     KVS_TRY(cudaDeviceGetAttribute(&pipe.shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, pipe.shape.device));
     pipe.shared_max -= SHARED_OF_KERNELS;
     for (const void* kernel : {reinterpret_cast<const void*>(gather_kernel), reinterpret_cast<const void*>(scatter_kernel)}) {
         KVS_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, pipe.shared_max));
     }
-    int64_t largest = 0;
+    int64_t largest = 16;  // a rank may have nothing to save
     for (const Plan& plan : pipe.plans) {
-        for (const Piece& piece : plan.pieces) largest = std::max(largest, piece.end() - piece.offset());
+        for (const Piece& piece : plan.pieces) largest = std::max(largest, plan.at_once * stride_of(piece));
     }
-    const int64_t slabs = std::min(std::max(pipe.shape.staging_bytes / largest, SLABS_MIN), SLABS_MAX);
-    pipe.slabs.resize(static_cast<size_t>(slabs));
+    pipe.slabs.resize(static_cast<size_t>(std::clamp(pipe.shape.staging_bytes / largest, SLABS_MIN, SLABS)));
     for (Slab& slab : pipe.slabs) {
         KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&slab.data), static_cast<size_t>(largest)));
         KVS_TRY(cudaEventCreateWithFlags(&slab.filled, cudaEventDisableTiming));
@@ -312,9 +375,7 @@ int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plan* plans, int64_t n_
 
 void kvs_pipe_close(kvs_pipe* pipe) noexcept {
     cudaSetDevice(pipe->shape.device);
-    for (cudaStream_t copies : pipe->copies) {
-        if (copies != nullptr) cudaStreamSynchronize(copies);
-    }
+    if (pipe->copies != nullptr) cudaStreamSynchronize(pipe->copies);
     if (pipe->kernels != nullptr) cudaStreamSynchronize(pipe->kernels);
     for (const Slab& slab : pipe->slabs) {
         cudaFree(slab.data);
@@ -326,12 +387,8 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
         cudaFree(plan.planes);
         cudaFree(plan.first_of);
     }
-    for (cudaEvent_t event : {pipe->read, pipe->other}) {
-        if (event != nullptr) cudaEventDestroy(event);
-    }
-    for (cudaStream_t copies : pipe->copies) {
-        if (copies != nullptr) cudaStreamDestroy(copies);
-    }
+    if (pipe->read != nullptr) cudaEventDestroy(pipe->read);
+    if (pipe->copies != nullptr) cudaStreamDestroy(pipe->copies);
     if (pipe->kernels != nullptr) cudaStreamDestroy(pipe->kernels);
     delete pipe;
 }
@@ -354,15 +411,14 @@ int kvs_pipe_begin(kvs_pipe* pipe, kvs_ticket** ticket) noexcept {
     return 0;
 }
 
-int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count, void* after,
-                  double expires, int64_t* begun) noexcept {
-    return enqueue(*pipe, *ticket, chunks, count, after, expires, true, begun);
+int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, void* after, double expires,
+                  int64_t* begun) noexcept {
+    return enqueue(*pipe, *ticket, *chunks, after, expires, true, begun);
 }
 
-int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count,
-                  void* after) noexcept {
+int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, void* after) noexcept {
     int64_t begun;
-    return enqueue(*pipe, *ticket, chunks, count, after, std::numeric_limits<double>::infinity(), false, &begun);
+    return enqueue(*pipe, *ticket, *chunks, after, std::numeric_limits<double>::infinity(), false, &begun);
 }
 
 int kvs_pipe_hold(kvs_pipe* pipe, void* stream) noexcept {

@@ -69,22 +69,23 @@ __global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) gather_kernel(const _
     bool fits = true;
     const uint64_t sum = packed ? gather_packed(job, sub, shape, &fits) : gather_raw(job, sub, nbytes);
     if (threadIdx.x != 0) return;
-    if (fits) job.checksums[sub.index] = kvs::finish(sum, nbytes, job.seed + static_cast<uint64_t>(sub.index));
-    else *job.flag = sub.index;  // whoever gathers this chunk must not store it
+    const uint64_t seed = sub.chunk->seed + static_cast<uint64_t>(sub.index);
+    if (fits) sub.chunk->checksums[sub.index] = kvs::finish(sum, nbytes, seed);
+    else *sub.chunk->flag = sub.index;  // whoever gathers this chunk must not store it
 }
 
-__global__ void __launch_bounds__(THREADS) scatter_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) scatter_kernel(const __grid_constant__ Job job) {
     SubBlock sub = sub_block_of(job, blockIdx.x);
     const int32_t items = job.chunk_tokens * sub.plane.dim;
     const bool packed = sub.plane.codec == KVS_PACKED;
     const int64_t nbytes =
         packed ? kvs::Packed{items, sub.plane.dim}.nbytes() : int64_t{items} * sub.plane.item_bytes;
     __shared__ uint64_t stored;
-    if (threadIdx.x == 0) stored = job.checksums[sub.index];  // over PCIe: once, while the others add up
+    if (threadIdx.x == 0) stored = sub.chunk->checksums[sub.index];  // over PCIe: once, while the others add up
     const bool keep = nbytes <= job.room;
     const uint64_t sum = sum_of(sub.data, nbytes, keep);
-    if (stored != kvs::finish(sum, nbytes, job.seed + static_cast<uint64_t>(sub.index))) {
-        if (threadIdx.x == 0) *job.flag = sub.index;
+    if (stored != kvs::finish(sum, nbytes, sub.chunk->seed + static_cast<uint64_t>(sub.index))) {
+        if (threadIdx.x == 0) *sub.chunk->flag = sub.index;
         return;
     }
     if (keep) sub.data = reinterpret_cast<uint8_t*>(shared);

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvstrata.core.digest import DIGEST_BYTES
 from kvstrata.core.errors import KVStrataError
 from kvstrata.core.layout import ChunkLayout
 from kvstrata.cuda_ext.native import (
@@ -20,22 +22,21 @@ from kvstrata.cuda_ext.native import (
     ChunkMismatch,
     DoesNotFit,
     EngineCache,
+    HeaderMismatch,
     NativeLibraryError,
     Plane,
     check_block_ids,
-    compare_header,
     find_library,
     header_of,
     native_planes,
-    seed_of,
 )
 
 LIBRARY_NAME = "_kvstrata_cuda.so"
 BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
 CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
-_PARTS = (12, 128, CHUNKS_MAX)  # chunks
-STAGING_BYTES = 32 << 20  # a pipe: small pieces disturb the engine least
+STAGING_BYTES = 64 << 20  # a pipe; smaller pieces disturb the engine less and use the link worse
 _ALL_GOOD = -1
+_OTHER_CHUNK = -1  # KVS_OTHER_CHUNK, in the place of an error
 
 
 class DeviceError(KVStrataError):
@@ -71,26 +72,26 @@ class _Shape(ctypes.Structure):
 class _Plan(ctypes.Structure):
     """kvs_plan"""
 
-    _fields_ = [("planes", ctypes.POINTER(Plane)), ("n_planes", ctypes.c_int64)]
-
-
-class _Chunk(ctypes.Structure):
-    """kvs_chunk"""
-
     _fields_ = [
-        ("slot", ctypes.c_void_p),
-        ("block_ids", ctypes.c_void_p),
-        ("seed", ctypes.c_uint64),
-        ("plan", ctypes.c_int64),
+        ("planes", ctypes.POINTER(Plane)),
+        ("n_planes", ctypes.c_int64),
+        ("before_key", ctypes.c_char_p),
+        ("before_bytes", ctypes.c_int64),
+        ("after_key", ctypes.c_char_p),
+        ("after_bytes", ctypes.c_int64),
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunks:
-    """Chunks for C; they point into `ids`."""
+class _Chunks(ctypes.Structure):
+    """kvs_chunks"""
 
-    ids: ctypes.Array[ctypes.c_int32]
-    array: ctypes.Array[_Chunk]
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("keys", ctypes.c_char_p),
+        ("block_ids", ctypes.c_void_p),
+        ("plans", ctypes.c_char_p),
+    ]
 
 
 class DeviceLibrary:
@@ -153,6 +154,8 @@ class DevicePipe:
         for plan, one in zip(plans, self._layouts, strict=True):
             held = [plane for plane, written in native_planes(one, cache, {}) if written or not gathers]
             plan.planes, plan.n_planes = (Plane * len(held))(*held), len(held)
+            plan.before_key, plan.after_key = before, after = one.header_around_key
+            plan.before_bytes, plan.after_bytes = len(before), len(after)
         shape = _Shape(
             staging_bytes, device, layout.chunk_tokens, cache.block_tokens, 0, layout.checksum_offset
         )
@@ -187,25 +190,13 @@ class DevicePipe:
     def _load_some(
         self, chunks: Sequence[Chunk], after: int, expires: float
     ) -> tuple[int, ChunkMismatch | None]:
-        mismatch: ChunkMismatch | None = None
         with _Job(self._library, self._pipe) as job:
-            for part in _parts(chunks):
-                good, mismatch = self._with_headers(part)
-                if not job.load(self._native(good, may_skip=True), after, expires) or mismatch:
-                    break
+            stopped = job.load(self._native(chunks, may_skip=True), after, expires)
         for index, flag in enumerate(job.flags):
             if flag != _ALL_GOOD:
                 return index, ChecksumMismatch(flag)
-        return len(job.flags), mismatch
-
-    def _with_headers(self, chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], ChunkMismatch | None]:
-        """The chunks up to the first whose slot holds something else."""
-        for index, chunk in enumerate(chunks):
-            try:
-                compare_header(chunk.slot_address, self._layout(chunk), chunk.key)
-            except ChunkMismatch as error:
-                return chunks[:index], error
-        return chunks, None
+        done = len(job.flags)
+        return done, HeaderMismatch.of(chunks[done].key) if stopped else None
 
     def save(
         self, chunks: Sequence[Chunk], after: int, enqueued: Callable[[], None] = lambda: None
@@ -220,8 +211,7 @@ class DevicePipe:
         """
         with _Job(self._library, self._pipe) as job:
             try:
-                for part in _parts(chunks):
-                    job.save(self._native(part, may_skip=False), after)
+                job.save(self._native(chunks, may_skip=False), after)
             finally:
                 enqueued()
         outcome: list[DoesNotFit | None] = []
@@ -252,38 +242,28 @@ class DevicePipe:
             self._library.native.kvs_pipe_close(self._pipe)
             self._pipe = ctypes.c_void_p()
 
-    def _native(self, chunks: Sequence[Chunk], may_skip: bool) -> _Chunks:
+    def _native(self, chunks: Sequence[Chunk], may_skip: bool) -> _Native:
+        if len(chunks) > CHUNKS_MAX:
+            raise ValueError(f"a job of {len(chunks)} chunks; at most {CHUNKS_MAX}")
         for chunk in chunks:
             check_block_ids(self.cache, self._blocks, chunk.block_ids, may_skip)
-        every = itertools.chain.from_iterable(chunk.block_ids for chunk in chunks)
-        ids = (ctypes.c_int32 * (self._blocks * len(chunks)))(*every)
-        first, step = ctypes.addressof(ids), ctypes.sizeof(ctypes.c_int32) * self._blocks
-        return _Chunks(
-            ids,
-            (_Chunk * len(chunks))(
-                *(
-                    (chunk.slot_address, first + i * step, seed_of(chunk.key), self._plan(chunk))
-                    for i, chunk in enumerate(chunks)
-                )
-            ),
+        return _Native(
+            array("Q", [chunk.slot_address for chunk in chunks]),
+            b"".join([chunk.key for chunk in chunks]),
+            array("i", itertools.chain.from_iterable([chunk.block_ids for chunk in chunks])),
+            bytes([self._plan(chunk) for chunk in chunks]),
         )
 
 
-def _parts(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
-    """A job's chunks in a few parts, so that the first are copied while the rest is made ready.
+class _Native:
+    """Chunks as C wants them, in arrays: a job is made ready in tenths of a millisecond."""
 
-    Not in more: each return to Python may wait milliseconds for a busy engine to let go of the GIL.
-
-    Raises:
-        ValueError: more chunks than a job may have.
-    """
-    if len(chunks) > CHUNKS_MAX:
-        raise ValueError(f"a job of {len(chunks)} chunks; at most {CHUNKS_MAX}")
-    begin = 0
-    for end in _PARTS:
-        if begin < len(chunks):
-            yield chunks[begin:end]
-        begin = end
+    def __init__(self, slots: array[int], keys: bytes, block_ids: array[int], plans: bytes) -> None:
+        if len(keys) != DIGEST_BYTES * len(slots):
+            raise ValueError(f"a key has {DIGEST_BYTES} bytes")
+        self._held = slots, block_ids  # C gets their addresses only
+        self.count = len(slots)
+        self.struct = _Chunks(self.count, slots.buffer_info()[0], keys, block_ids.buffer_info()[0], plans)
 
 
 class _Job:
@@ -309,24 +289,30 @@ class _Job:
             self._library.check(error)
             self.flags = flags[: self._begun]
 
-    def load(self, chunks: _Chunks, after: int, expires: float) -> bool:
-        """Whether all of them were begun in time."""
+    def load(self, chunks: _Native, after: int, expires: float) -> bool:
+        """Whether it stopped at a slot that holds something else than its chunk."""
         begun = ctypes.c_int64()
-        self._library.check(
-            self._library.native.kvs_pipe_load(
-                self._pipe, self._ticket, chunks.array, len(chunks.array), after or None, expires,
-                ctypes.byref(begun),
-            )
-        )  # fmt: skip
-        self._begun += begun.value
-        return begun.value == len(chunks.array)
-
-    def save(self, chunks: _Chunks, after: int) -> None:
-        count = len(chunks.array)
-        self._library.check(
-            self._library.native.kvs_pipe_save(self._pipe, self._ticket, chunks.array, count, after or None)
+        error = self._library.native.kvs_pipe_load(
+            self._pipe,
+            self._ticket,
+            ctypes.byref(chunks.struct),
+            after or None,
+            expires,
+            ctypes.byref(begun),
         )
-        self._begun += count
+        self._begun += begun.value
+        if error == _OTHER_CHUNK:
+            return True
+        self._library.check(error)
+        return False
+
+    def save(self, chunks: _Native, after: int) -> None:
+        self._library.check(
+            self._library.native.kvs_pipe_save(
+                self._pipe, self._ticket, ctypes.byref(chunks.struct), after or None
+            )
+        )
+        self._begun += chunks.count
 
 
 def load_device_library(path: Path | None = None) -> DeviceLibrary:
@@ -350,7 +336,7 @@ def load_device_library(path: Path | None = None) -> DeviceLibrary:
 
 def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-    chunks, flags = ctypes.POINTER(_Chunk), ctypes.POINTER(int64)
+    chunks, flags = ctypes.POINTER(_Chunks), ctypes.POINTER(int64)
     native.kvs_cuda_error.argtypes = [ctypes.c_int]
     native.kvs_cuda_error.restype = ctypes.c_char_p
     native.kvs_cuda_register.argtypes = [ctypes.c_int, pointer, int64]
@@ -365,9 +351,9 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.kvs_pipe_close.restype = None
     native.kvs_pipe_begin.argtypes = [pointer, ctypes.POINTER(pointer)]
     native.kvs_pipe_load.argtypes = [
-        pointer, pointer, chunks, int64, pointer, ctypes.c_double, ctypes.POINTER(int64),
+        pointer, pointer, chunks, pointer, ctypes.c_double, ctypes.POINTER(int64),
     ]  # fmt: skip
-    native.kvs_pipe_save.argtypes = [pointer, pointer, chunks, int64, pointer]
+    native.kvs_pipe_save.argtypes = [pointer, pointer, chunks, pointer]
     native.kvs_pipe_hold.argtypes = [pointer, pointer]
     native.kvs_pipe_end.argtypes = [pointer, pointer, flags]
     return native

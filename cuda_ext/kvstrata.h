@@ -14,6 +14,8 @@
 #define KVS_NO_BLOCK (-1)
 #define KVS_NO_MEMORY (-2) /* instead of an index: there was none for one unpacked sub-block */
 #define KVS_CHUNKS_MAX 1024 /* a job */
+#define KVS_KEY_BYTES 32
+#define KVS_OTHER_CHUNK (-1) /* instead of an error: a slot does not begin as its chunk should */
 #define KVS_BLOCKS_MAX 256 /* engine blocks a chunk, on a GPU: they travel as a kernel's argument */
 #define KVS_RAW 0
 #define KVS_PACKED 1 /* pack.h; 2-byte items only */
@@ -95,7 +97,7 @@ typedef struct kvs_pipe kvs_pipe;
 typedef struct kvs_ticket kvs_ticket;
 
 typedef struct kvs_pipe_shape {
-    int64_t staging_bytes; /* of the device's memory; at least three layers of a chunk are taken */
+    int64_t staging_bytes; /* of the device's memory, in four slabs; three of one layer at the least */
     int32_t device;
     int32_t chunk_tokens;
     int32_t block_tokens;
@@ -103,20 +105,26 @@ typedef struct kvs_pipe_shape {
     int64_t checksum_offset;
 } kvs_pipe_shape;
 
-/* One way to store a chunk: the planes that this rank copies, in slot order. */
+/* One way to store a chunk: the planes that this rank copies, in slot order, and what comes before and after
+ * the key at the beginning of a slot. */
 typedef struct kvs_plan {
     const kvs_plane* planes;
     int64_t n_planes;
+    const uint8_t* before_key;
+    int64_t before_bytes;
+    const uint8_t* after_key;
+    int64_t after_bytes;
 } kvs_plan;
 
-/* One chunk: a slot in memory that kvs_cuda_register knows, chunk_tokens / block_tokens block ids, and
- * which of the pipe's plans says how it is stored. */
-typedef struct kvs_chunk {
-    uint8_t* slot;
+/* Chunks. Of each: a slot in memory that kvs_cuda_register knows; its key; chunk_tokens / block_tokens block
+ * ids; and which of the pipe's plans says how it is stored. */
+typedef struct kvs_chunks {
+    int64_t count;
+    uint8_t* const* slots;
+    const uint8_t* keys;
     const int32_t* block_ids;
-    uint64_t seed;
-    int64_t plan;
-} kvs_chunk;
+    const uint8_t* plans;
+} kvs_chunks;
 
 /* All of these return 0 or a CUDA error; kvs_cuda_error puts it in words. */
 KVS_API int kvs_cuda_abi_version(void) KVS_NOEXCEPT;
@@ -133,12 +141,13 @@ KVS_API void kvs_pipe_close(kvs_pipe* pipe) KVS_NOEXCEPT;
 KVS_API int kvs_pipe_begin(kvs_pipe* pipe, kvs_ticket** ticket) KVS_NOEXCEPT;
 
 /* Enqueues slots -> blocks, behind the event `after` (or NULL); waits only for staging memory. No chunk is
- * begun past `expires` (monotonic seconds); `begun` says how many were. */
-KVS_API int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count,
-                          void* after, double expires, int64_t* begun) KVS_NOEXCEPT;
+ * begun past `expires` (monotonic seconds), none from the first on whose slot begins otherwise than it
+ * should (KVS_OTHER_CHUNK); `begun` says how many were. */
+KVS_API int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, void* after,
+                          double expires, int64_t* begun) KVS_NOEXCEPT;
 
 /* Enqueues blocks -> slots; as above. */
-KVS_API int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunk* chunks, int64_t count,
+KVS_API int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks,
                           void* after) KVS_NOEXCEPT;
 
 /* Makes `stream` wait until all saves enqueued so far have read their blocks; returns at once. */

@@ -41,6 +41,10 @@ class ChunkMismatch(KVStrataError):
 class HeaderMismatch(ChunkMismatch):
     """The slot's header is not the one of this layout and key."""
 
+    @classmethod
+    def of(cls, key: bytes) -> HeaderMismatch:
+        return cls(f"the slot does not hold chunk {key.hex()} in the expected layout")
+
 
 class ChecksumMismatch(ChunkMismatch):
     """The bytes of a sub-block are not those its checksum was made of."""
@@ -400,7 +404,7 @@ def compare_header(slot_address: int, layout: ChunkLayout, key: bytes) -> None:
     """Raises `HeaderMismatch` unless the slot starts with the header of `layout` and `key`."""
     header = header_of(layout, key)
     if ctypes.string_at(slot_address, len(header)) != header:
-        raise HeaderMismatch(f"the slot does not hold chunk {key.hex()} in the expected layout")
+        raise HeaderMismatch.of(key)
 
 
 def header_of(layout: ChunkLayout, key: bytes) -> bytes:

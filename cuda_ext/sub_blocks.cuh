@@ -21,20 +21,29 @@ constexpr int THREADS = KVS_THREADS;
 constexpr int GROUP = 16;
 constexpr int REGISTERS = 65536;  // of a multiprocessor; 64 a thread let a sub-block be held in them
 
-// A piece of one chunk: some planes of it, stored at `data` in device memory.
+constexpr int CHUNKS_AT_ONCE = 8;
+
+// What of a piece is each chunk's own.
+struct JobChunk {
+    uint64_t* checksums;  // the slot's own table, in host memory
+    int64_t* flag;        // in host memory: index of a sub-block that does not match, or does not fit
+    uint64_t seed;
+};
+
+// The same piece of some chunks: some planes of each, stored at `data` in device memory.
 struct Job {
     const kvs_plane* planes;  // in device memory
-    const int32_t* first_of;  // plane -> its first thread block, and the number of them at the end
+    const int32_t* first_of;  // plane -> its first sub-block
     int32_t n_planes;
+    int32_t sub_blocks;  // of one chunk
     int32_t block_tokens;
     int32_t chunk_tokens;
     uint8_t* data;
+    int64_t stride;       // from one chunk's to the next one's
     int64_t slot_offset;  // of `data` in the slot
-    uint64_t* checksums;  // the slot's own table, in host memory
-    uint64_t seed;
-    int64_t* flag;  // in host memory: index of a sub-block that does not match, or does not fit
+    JobChunk chunks[CHUNKS_AT_ONCE];
     int32_t room;   // when scattering, bytes of shared memory for a sub-block; 0: there is not as much
-    int32_t block_ids[KVS_BLOCKS_MAX];
+    int32_t block_ids[KVS_BLOCKS_MAX];  // of one chunk after the other
 };
 
 struct SubBlock {
@@ -42,9 +51,12 @@ struct SubBlock {
     int64_t local_head;
     int64_t index;
     uint8_t* data;
+    const JobChunk* chunk;
+    const int32_t* block_ids;
 };
 
-__device__ SubBlock sub_block_of(const Job& job, int number) {
+__device__ SubBlock sub_block_of(const Job& job, int thread_block) {
+    const int chunk = thread_block / job.sub_blocks, number = thread_block % job.sub_blocks;
     int low = 0, high = job.n_planes - 1;
     while (low < high) {
         const int middle = (low + high + 1) / 2;
@@ -55,14 +67,17 @@ __device__ SubBlock sub_block_of(const Job& job, int number) {
     found.local_head = number - job.first_of[low];
     const int64_t head = found.plane.first_head + found.local_head;
     found.index = found.plane.checksum_index + head * found.plane.checksum_stride;
-    found.data = job.data + found.plane.slot_offset + head * found.plane.slot_stride - job.slot_offset;
+    found.data = job.data + chunk * job.stride + found.plane.slot_offset + head * found.plane.slot_stride -
+                 job.slot_offset;
+    found.chunk = job.chunks + chunk;
+    found.block_ids = job.block_ids + chunk * (job.chunk_tokens / job.block_tokens);
     return found;
 }
 
 // Where the engine keeps (token, channel) of a sub-block; null where its block takes no part.
 __device__ uint8_t* engine_address(const Job& job, const SubBlock& sub, int32_t token, int32_t channel) {
     const int32_t place = token / job.block_tokens;
-    const int64_t block = job.block_ids[place];
+    const int64_t block = sub.block_ids[place];
     if (block == KVS_NO_BLOCK) return nullptr;
     const kvs_plane& p = sub.plane;
     return p.base + block * p.stride_block + sub.local_head * p.stride_head +

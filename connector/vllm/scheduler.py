@@ -39,6 +39,7 @@ _EXPIRY_EVERY_S = 1.0
 _ASK_AGAIN_S = 1.0
 _UNANSWERED_MAX = 32  # lookups under way; more would only wait for each other, and Updates for them
 _USED_EVERY = 32  # chunks
+_ALONE_FACTOR = 5  # a step that nobody needs may wait for so many times `client.lookup_wait`
 _PATIENCE_S = 10.0  # an engine with news for a store that went out of reach stays awake for so long
 
 
@@ -67,7 +68,8 @@ class SchedulerConnector:
         self._reached = 0.0  # when that store was in reach last, monotonic seconds
         self._numbers = itertools.count(1)
         self._new_loads: list[tuple[str, LoadJob]] = []
-        self._wait_budget_s = config.lookup_wait
+        self._waited_s = 0.0  # for the store, in this step
+        self._begun: set[str] = set()  # requests that were given a step and are not finished
         self.stats = Stats()
 
     # --- 1. arrives: hash the prompt, ask the store ------------------------------------------
@@ -132,7 +134,7 @@ class SchedulerConnector:
         if lookup is None:
             return 0, False
         if lookup.stage is LookupStage.ASKED:
-            self._collect(self._wait_budget_s, until=lookup)
+            self._collect(self._may_wait(), until=lookup)
         if lookup.stage is LookupStage.ASKED:
             if time.monotonic() - lookup.asked < self._config.call_deadline:
                 return None, False
@@ -210,7 +212,7 @@ class SchedulerConnector:
 
     def build_work(self, output: SchedulerOutput) -> StepWork:
         """The workers' work of this step, and one message to the store."""
-        self._wait_budget_s = self._config.lookup_wait  # for this call and the next step's lookups
+        self._waited_s = 0.0  # what is left is for this call and the next step's lookups
         idle = not output.total_num_scheduled_tokens
         session = self._client.session  # another thread sets it
         self._follow(session.epoch if session else None)
@@ -218,7 +220,7 @@ class SchedulerConnector:
         for save in self._saves.ask_again(time.monotonic()):
             self._outbox.reserve.append((save.job, save.key))
         waits = idle and (self._update or self._lookups.leases or self._saves.postponed)
-        self._collect(self._wait_budget_s if waits else 0.0)
+        self._collect(self._may_wait() if waits else 0.0)
         loaded = [block for _, load in self._new_loads for chunk in load.chunks for block in chunk.blocks]
         flush = self._flush_overwritten(taken_blocks(output, self._block_tokens) + loaded)
         self._note_scheduled(output)
@@ -230,6 +232,7 @@ class SchedulerConnector:
     def _note_scheduled(self, output: SchedulerOutput) -> None:
         """Follow every scheduled request's blocks and tokens; want saves for what this step completes."""
         scheduled = output.num_scheduled_tokens
+        self._begun.update(scheduled)
         for new in output.scheduled_new_reqs:
             if tracked := self._tracked.get(new.req_id):
                 tracked.blocks = list(new.block_ids[0])
@@ -273,7 +276,7 @@ class SchedulerConnector:
         flush = []
         for save in self._saves.overwritten(taken):
             if save.stage is Stage.WANTED and self._is_asked_for(save):
-                self._collect(self._wait_budget_s, until=save)
+                self._collect(self._may_wait(), until=save)
             if save.stage is Stage.WANTED:
                 self._give_up(save)
             elif save.stage is not Stage.OVER:
@@ -297,6 +300,7 @@ class SchedulerConnector:
 
     def finished(self, request: Request, blocks: list[int]) -> None:
         """The engine lets go of the request. Its blocks may be reused; their bytes stay until then."""
+        self._begun.discard(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return
@@ -350,6 +354,11 @@ class SchedulerConnector:
 
     # --- the store's answers -----------------------------------------------------------------
 
+    def _may_wait(self) -> float:
+        """Seconds that this step may still wait. While no request runs, nobody has to wait with it."""
+        allowed = self._config.lookup_wait * (1 if self._begun else _ALONE_FACTOR)
+        return max(0.0, allowed - self._waited_s)
+
     def _collect(self, wait_s: float, until: Lookup | Save | None = None) -> None:
         """Take in answers; wait at most `wait_s`, all calls of a step together, for the one that matters."""
         deadline = time.monotonic() + wait_s
@@ -364,7 +373,7 @@ class SchedulerConnector:
             self._answered(session.epoch, call, answer)
             came = True  # take what else is there; wait no more, unless for `until`
         if wait_s > 0:
-            self._wait_budget_s = max(0.0, deadline - time.monotonic())
+            self._waited_s += wait_s - max(0.0, deadline - time.monotonic())
 
     def _answered(self, epoch: bytes, call: Call, answer: Answer) -> None:
         if isinstance(call, Match):

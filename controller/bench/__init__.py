@@ -1,0 +1,1 @@
+"""`kvstrata bench`: what kvstrata does on this machine's GPU, beside its neighbours."""
