@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "stats" or options.status:
         _print_stats(paths, stats(paths), options.json)
         return 0
+    if options.force and not options.stop:
+        raise StillInUse("--force goes with --stop")
     if options.stop:
         stop(paths, options.force)
         _print(options.json, {"ended": True}, f"the node store in {paths.folder} has ended")
@@ -80,7 +82,8 @@ def load_config(file: Path | None, runtime_dir: str | None) -> Config:
     config = build_config((str(file), read_yaml(file))) if file is not None else Config()
     if runtime_dir is None:
         return config
-    return dataclasses.replace(config, node=dataclasses.replace(config.node, runtime_dir=runtime_dir))
+    folder = str(Path(runtime_dir).expanduser().absolute())
+    return dataclasses.replace(config, node=dataclasses.replace(config.node, runtime_dir=folder))
 
 
 # ------------------------------------------------------------------------------------------- asking
@@ -109,8 +112,8 @@ def _stub(paths: RuntimePaths) -> Iterator[node_pb2_grpc.NodeStoreStub]:
 
 def _nobody(paths: RuntimePaths) -> str:
     return (
-        f"no node store runs in {paths.folder}: start one with `kvstrata node`, "
-        "or say with --runtime-dir where it is"
+        f"no node store runs in {paths.folder}: engines start one where node.runtime_dir says; "
+        "name that folder with --runtime-dir, or their configuration with --config"
     )
 
 
@@ -139,7 +142,7 @@ def stop(paths: RuntimePaths, force: bool) -> None:
     if not ending:
         raise StillInUse(
             f"engines are connected to the node store in {paths.folder}: end them first, "
-            "or say --force (they go on without it, every lookup a miss)"
+            "or say --force (they go on, and start a new and empty one unless node.autostart is off)"
         )
     deadline = time.monotonic() + _END_S
     while _locked(paths.lock):

@@ -45,9 +45,11 @@ def runtime_paths(config: NodeConfig, create: bool = True) -> RuntimePaths:
 
     Raises:
         NodeUnavailable: it cannot be made, belongs to somebody else or is open to others.
-        ConfigError: its path is too long for a Unix socket, or the group does not exist.
+        ConfigError: its path is relative or too long for a Unix socket, or the group does not exist.
     """
-    folder = (Path(config.runtime_dir).expanduser() if config.runtime_dir else _default_folder()).absolute()
+    folder = Path(config.runtime_dir).expanduser() if config.runtime_dir else _default_folder()
+    if not folder.is_absolute():  # engines and commands started in different folders would not meet
+        raise ConfigError(f"node.runtime_dir is {config.runtime_dir!r}: give the whole path, from / or ~ on")
     paths = RuntimePaths(folder)
     if len(os.fsencode(paths.control)) > _SOCKET_PATH_MAX:
         raise ConfigError(f"node.runtime_dir {folder} is too long for a Unix socket; choose a shorter one")

@@ -143,7 +143,8 @@ def _flatten(source: str, tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
             raise ConfigError(_unknown_section(str(section), values, known, every_path, source))
         if not isinstance(values, Mapping):
             keys = ", ".join(_fields(section))
-            raise ConfigError(f"{section} in {source} is {values!r}; it holds keys: {keys}")
+            found_there = "empty" if values is None else repr(values)
+            raise ConfigError(f"{section} in {source} is {found_there}; it holds keys: {keys}")
         for key, value in values.items():
             path = f"{section}.{key}"
             if path not in every_path:

@@ -20,7 +20,7 @@ from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.layout import chunk_layout, single_group
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
 from kvstrata.connector.vllm.scheduler import SchedulerConnector
-from kvstrata.connector.vllm.settings import load_config, log_like_vllm, refuse_unsupported
+from kvstrata.connector.vllm.settings import load_config, log_like_vllm, read_settings, refuse_unsupported
 from kvstrata.connector.vllm.stats import PromMetrics, Stats
 from kvstrata.connector.vllm.worker import WorkerConnector
 from kvstrata.controller.client import NodeClient
@@ -69,6 +69,16 @@ class KVStrataConnector(KVConnectorBase_V1):
             )
         else:
             self._worker = self.worker_class(client, 0, layout, block_tokens, config)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Never. Where CUDA graphs are used vLLM asks before it loads anything: time to find wrong settings.
+
+        Raises:
+            ConfigError: see `read_settings`.
+        """
+        read_settings(extra_config)
+        return False
 
     @property
     def requires_kv_delivery(self) -> bool:

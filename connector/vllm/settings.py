@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.connector.vllm.compat import context_parallel_size
+from kvstrata.controller.client import runtime_folder
 from kvstrata.controller.client.config_file import read_yaml
 from kvstrata.core.config import Config, build_config
-from kvstrata.core.errors import ConfigError, UnsupportedModel
+from kvstrata.core.errors import ConfigError, NodeUnavailable, UnsupportedModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,10 +52,13 @@ def load_config(vllm_config: VllmConfig) -> Config:
             'vLLM fails a request whose KV cannot be loaded unless "kv_load_failure_policy" is "recompute". '
             f"Start it with --kv-transfer-config '{json.dumps(wanted)}'"
         )
-    sources = [("kv_connector_extra_config", transfer.kv_connector_extra_config)]
-    if name := os.environ.get("KVSTRATA_CONFIG"):
-        sources.insert(0, (name, read_yaml(Path(name))))
-    config = build_config(*sources)
+    config = read_settings(transfer.kv_connector_extra_config)
+    longest = vllm_config.model_config.max_model_len
+    if config.chunk.tokens > longest:
+        raise ConfigError(
+            f"chunk.tokens is {config.chunk.tokens} and max_model_len {longest}: no prompt would ever fill a "
+            "chunk, so lower chunk.tokens"
+        )
     # A producer only saves, a consumer only loads.
     client = replace(
         config.client,
@@ -60,6 +66,21 @@ def load_config(vllm_config: VllmConfig) -> Config:
         load=config.client.load and transfer.is_kv_consumer,
     )
     return replace(config, client=client)
+
+
+def read_settings(extra: Mapping[str, Any]) -> Config:
+    """What `KVSTRATA_CONFIG` and `kv_connector_extra_config` say.
+
+    Raises:
+        ConfigError: a key or value is wrong, or can never be used on this host.
+    """
+    sources = [("kv_connector_extra_config", extra)]
+    if name := os.environ.get("KVSTRATA_CONFIG"):
+        sources.insert(0, (name, read_yaml(Path(name), "that KVSTRATA_CONFIG names")))
+    config = build_config(*sources)
+    with contextlib.suppress(NodeUnavailable):  # that may change: it is said again for as long as it lasts
+        runtime_folder(config.node)
+    return config
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -2,6 +2,7 @@
 
 from kvstrata.controller.client.node import Answer, Call, Lost, NodeClient, Session
 from kvstrata.controller.client.segments import SegmentMap, worker_segments
+from kvstrata.controller.paths import runtime_paths as runtime_folder
 from kvstrata.storage_backends.host import MappedSegment
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "NodeClient",
     "SegmentMap",
     "Session",
+    "runtime_folder",
     "worker_segments",
 ]

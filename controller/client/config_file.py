@@ -10,24 +10,24 @@ import yaml
 from kvstrata.core.errors import ConfigError
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The tree in a YAML file.
+def read_yaml(path: Path, origin: str = "") -> dict[str, Any]:
+    """The tree in a YAML file. `origin`: what a message says of the file besides its name.
 
     Raises:
         ConfigError: it cannot be read, is not a tree, or gives a key twice.
     """
+    named = f"the configuration {path} {origin}".rstrip()
     try:
         text = path.read_text()
         _refuse_repeats(path, yaml.compose(text, Loader=yaml.SafeLoader))
         tree = yaml.safe_load(text) or {}
     except OSError as error:
-        raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{named} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-99-99
-        raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
+        raise ConfigError(f"{named} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"the configuration {path} holds {type(tree).__name__}, expected sections such as host:"
-        )
+        kind = "a list" if isinstance(tree, list) else "no settings"
+        raise ConfigError(f"{named} holds {kind}: it has sections, such as host: with size: 8GiB in it")
     return tree
 
 

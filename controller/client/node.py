@@ -223,7 +223,7 @@ class NodeClient:
                 f"{format_size(reply.pool_bytes)}: raise host.size or lower chunk.tokens"
             )
         pool, chunk = format_size(reply.pool_bytes), format_size(self._slot_bytes)
-        log.info("connected to the node store: host pool of up to %s, %s a chunk", pool, chunk)
+        log.info("kvstrata: connected to the node store: host pool of up to %s, %s a chunk", pool, chunk)
         return Session(reply.store_epoch)
 
     def _serve(self, stub: node_pb2_grpc.NodeStoreStub, session: Session) -> None:

@@ -17,6 +17,7 @@ from kvstrata.core.events import ClientOpened, Match, Matched, Refused, Update, 
 from kvstrata.core.keys import KEY_BYTES
 from kvstrata.core.layout import ALIGNMENT
 from kvstrata.core.slots import Slot
+from kvstrata.core.units import format_size
 from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
 from kvstrata.protos.kvstrata.v1 import node_pb2_grpc
 
@@ -167,8 +168,13 @@ def _conflicts(config_json: str, held: Config) -> list[str]:
         raise ValueError(f"Open.config_json: {error}") from None
     default, said = HostConfig(), as_tree(held)["host"]  # says "auto" where the fields hold AUTO
     return [
-        f"host.{field.name} is {said[field.name]!r} in the running node store "
-        f"and {getattr(wanted, field.name)!r} in this engine's configuration"
+        f"host.{field.name} is {_told(said[field.name])} in the running node store "
+        f"and {_told(getattr(wanted, field.name))} in this engine's configuration"
         for field in dataclasses.fields(HostConfig)
         if getattr(wanted, field.name) not in (getattr(default, field.name), getattr(held.host, field.name))
     ]
+
+
+def _told(value: object) -> str:
+    """A setting as a user would write it."""
+    return f"{format_size(value)} ({value} bytes)" if isinstance(value, int) else repr(value)

@@ -123,7 +123,7 @@ def test_a_running_node_store_is_asked_checked_and_ended(
     assert node.wait(START_S) == 0
     status, _, error = run(capsys, "node", "--status", *where)
     assert status == 2
-    assert "start one with `kvstrata node`" in error
+    assert "name that folder with --runtime-dir" in error
 
 
 def test_stats_are_told_in_plain_words(
@@ -250,7 +250,7 @@ def test_the_configuration_comes_from_the_flag_or_the_environment(
     [
         ("host: {sise: 1GiB}", "did you mean host.size?"),
         ("host: [", "is not YAML"),
-        ("- a\n- b", "expected sections"),
+        ("- a\n- b", "it has sections"),
         ("host.size: 8GiB", "write it as host: {size: 8GiB}"),
         ("host:\n  size: 1GiB\n  size: 2GiB", "in line 2 and in line 3: keep one of them"),
         (None, "cannot be read"),

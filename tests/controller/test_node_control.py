@@ -141,10 +141,8 @@ def test_an_engine_with_another_pool_size_is_told_both(store: RunningStore, engi
     folder = store.paths.folder
     engine = engines(config_for(folder, host={"size": "16MiB", "segment_size": "auto"}), "other")
     (trouble,) = wait_for("a word about it", lambda: engine.troubles)
-    assert (
-        f"host.size is {8 << 20} in the running node store and {16 << 20} in this engine's configuration"
-        in trouble
-    )
+    ours, theirs = f"16.0 MiB ({16 << 20} bytes)", f"8.0 MiB ({8 << 20} bytes)"
+    assert f"host.size is {theirs} in the running node store and {ours} in this engine's" in trouble
     assert "host.segment_size" not in trouble
     assert engine.client.session is None
 
@@ -155,7 +153,7 @@ def test_a_size_that_the_store_chose_itself_is_told_as_auto(runtime_dir: Path, e
     try:
         engine = engines(config_for(runtime_dir, host={**host, "size": "16MiB"}), "other")
         (trouble,) = wait_for("a word about it", lambda: engine.troubles)
-        assert f"host.size is 'auto' in the running node store and {16 << 20} in this engine's" in trouble
+        assert "host.size is 'auto' in the running node store and 16.0 MiB" in trouble
     finally:
         store.stop()
 

@@ -144,3 +144,9 @@ def test_a_group_does_not_open_what_a_link_points_to(runtime_dir: Path) -> None:
 def test_a_group_that_does_not_exist_is_named(runtime_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"node\.group 'no such group' does not exist on this host"):
         runtime_paths(node(runtime_dir / "a", "no such group"))
+
+
+@pytest.mark.parametrize("folder", ["run", "./run", "../run"])
+def test_a_folder_that_depends_on_where_one_is_is_refused(folder: str) -> None:
+    with pytest.raises(ConfigError, match="give the whole path"):
+        runtime_paths(NodeConfig(runtime_dir=folder))

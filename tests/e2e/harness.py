@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,10 +40,11 @@ class EngineProcess:
     ):
         self.log = log
         self._out = log.open("ab")
+        self._temporary = tempfile.mkdtemp(prefix="kvs-", dir="/tmp")  # vLLM leaves sockets and folders there
         command = [sys.executable, str(_SCRIPT), json.dumps(options)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._out, text=True,
-            env=os.environ | (env or {}),
+            env=os.environ | {"TMPDIR": self._temporary} | (env or {}),
         )  # fmt: skip
         if core is not None:
             os.sched_setaffinity(self.process.pid, {core})
@@ -90,6 +93,7 @@ class EngineProcess:
             except (EngineError, OSError, subprocess.TimeoutExpired):
                 self.kill()
         self._out.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]

@@ -25,12 +25,22 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
         ({"extra": {"host": {"sise": "1GiB"}}}, ["unknown key host.sise", "did you mean host.size?"]),
         ({"extra": {"host": {"size": "plenty"}}}, ["host.size", "'plenty' is not a size such as 8GiB"]),
         ({"extra": {"host": {"policy": "best"}}}, ["host.policy", "allowed: lru"]),
+        ({"extra": {"node": {"group": "nosuch"}}}, ["node.group 'nosuch' does not exist"]),
+        ({"extra": {"chunk": {"tokens": 65536}}}, ["chunk.tokens is 65536", "lower chunk.tokens"]),
         (
             {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
             ["tensor-parallel", "not supported yet"],
         ),
     ],
-    ids=["load failure policy", "unknown key", "bad size", "bad choice", "tensor parallel"],
+    ids=[
+        "load failure policy",
+        "unknown key",
+        "bad size",
+        "bad choice",
+        "no group",
+        "too large a chunk",
+        "tensor parallel",
+    ],
 )
 def test_the_start_is_refused_in_words(host: Host, arguments: dict[str, Any], says: list[str]) -> None:
     engine = host.start(
