@@ -53,7 +53,7 @@ class Engine:
     """As much of an engine as fills a pool: scheduler side and worker in one process."""
 
     def __init__(self, config: Config) -> None:
-        self._client = NodeClient(config, CLIENT, SLOT_BYTES, workers=1)
+        self._client = NodeClient(config, CLIENT, (SLOT_BYTES,), workers=1)
         self._segments: SegmentMap = worker_segments(config.node, CLIENT, 0)
         self._next = 0
 

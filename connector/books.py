@@ -41,13 +41,25 @@ class Save:
 
     job: int
     key: bytes
+    nbytes: int  # of the slot that it wants
     blocks: tuple[int, ...]
     epoch: bytes
     stage: Stage = Stage.WANTED
     slot: Slot | None = None
     ranks_ended: int = 0
     failed: bool = False  # some rank could not write its part
+    flushed: bool = False  # its blocks were given away since it has read them
     postponed_since: float | None = None  # monotonic seconds; None: it was not
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the store has yet to say if it gets a slot."""
+        return self.stage is Stage.WANTED
+
+    @property
+    def reservation(self) -> tuple[int, bytes, int]:
+        """As an Update says it."""
+        return self.job, self.key, self.nbytes
 
 
 class SaveBook:
@@ -128,7 +140,8 @@ class SaveBook:
         for save in self._granted:
             if save.job in self.saves and save.slot is not None:
                 save.stage = Stage.COPYING
-                copy = ChunkCopy(save.key, save.slot.segment, save.slot.offset, save.blocks)
+                slot = save.slot
+                copy = ChunkCopy(save.key, slot.segment, slot.offset, slot.nbytes, save.blocks)
                 jobs.append(SaveJob(save.job, save.epoch, copy))
         self._granted.clear()
         return jobs
@@ -150,7 +163,7 @@ class SaveBook:
 class Outbox:
     """What the next Update will say. No report is lost when an Update is: see `take_back`."""
 
-    reserve: list[tuple[int, bytes]] = field(default_factory=list)
+    reserve: list[tuple[int, bytes, int]] = field(default_factory=list)
     committed: list[int] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -190,7 +203,7 @@ class Outbox:
     def take_back(self, update: Update) -> None:
         """An Update got lost. Say it again; what it may have reserved is given back."""
         self.committed = [*update.committed, *self.committed]
-        self.aborted = [*update.aborted, *(job for job, _ in update.reserve), *self.aborted]
+        self.aborted = [*update.aborted, *(job for job, _, _ in update.reserve), *self.aborted]
         self.released = [*update.released, *self.released]
         self.corrupt = [*update.corrupt, *self.corrupt]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from kvstrata.connector.host_copies import Segments
 from kvstrata.connector.jobs import ChunkCopy, Fence, LoadJob, Report, SaveJob
 from kvstrata.controller.client import MappedSegment
-from kvstrata.cuda_ext.device import Chunk, DeviceError, DeviceLibrary, DevicePipe
+from kvstrata.cuda_ext.device import REGISTERED_AT_ONCE, Chunk, DeviceError, DeviceLibrary, DevicePipe
 
 log = logging.getLogger("kvstrata.transfer")
 
@@ -23,22 +23,23 @@ class DeviceCopies:
     has written before it, a load writes blocks that the engine has read before it.
     """
 
-    def __init__(self, loads: DevicePipe, saves: DevicePipe, segments: Segments, slot_bytes: int) -> None:
-        self._loads, self._saves, self._segments, self._slot_bytes = loads, saves, segments, slot_bytes
+    def __init__(self, loads: DevicePipe, saves: DevicePipe, segments: Segments, raw_bytes: int) -> None:
+        """`raw_bytes`: size of a slot whose chunk is not packed."""
+        self._loads, self._saves, self._segments, self._raw_bytes = loads, saves, segments, raw_bytes
 
     def load(self, job: LoadJob, after: Fence | None) -> Report:
         started = time.monotonic()
         with contextlib.ExitStack() as held:
             mapped = self._map(held, job.epoch, job.chunks)
             there = itertools.takewhile(lambda copy: copy.segment in mapped, job.chunks)
-            chunks = [Chunk(mapped[copy.segment] + copy.offset, copy.blocks, copy.key) for copy in there]
+            chunks = [self._chunk(mapped[copy.segment], copy) for copy in there]
             try:
                 done, mismatch = self._loads.load(chunks, _event(after), job.expires)
             except (DeviceError, ValueError):
                 log.exception("load of %d chunks failed", len(job.chunks))
                 return Report(job.job, ok=False)
         if done == len(job.chunks):
-            nbytes = self._slot_bytes * done
+            nbytes = sum(copy.nbytes for copy in job.chunks)
             return Report(job.job, ok=True, nbytes=nbytes, seconds=time.monotonic() - started)
         if mismatch is None:
             if done == len(chunks):
@@ -54,7 +55,7 @@ class DeviceCopies:
         reports = {job.job: Report(job.job, ok=False) for job in jobs}
         with contextlib.ExitStack() as held:
             begun = [
-                (job, Chunk(address + job.chunk.offset, job.chunk.blocks, job.chunk.key))
+                (job, self._chunk(address, job.chunk))
                 for job in jobs
                 for address in self._map(held, job.epoch, [job.chunk]).values()
             ]
@@ -67,13 +68,17 @@ class DeviceCopies:
         for (job, _), misfit in zip(begun, outcome, strict=True):
             report = reports[job.job]
             report.ok, report.does_not_fit = misfit is None, misfit is not None
-            report.nbytes, report.seconds = (self._slot_bytes if report.ok else 0), seconds
+            report.nbytes, report.seconds = (job.chunk.nbytes if report.ok else 0), seconds
         return list(reports.values())
 
     def close(self) -> None:
         """Give the staging memory back. No job runs any more."""
         self._loads.close()
         self._saves.close()
+
+    def _chunk(self, segment_address: int, copy: ChunkCopy) -> Chunk:
+        raw = copy.nbytes == self._raw_bytes
+        return Chunk(segment_address + copy.offset, copy.blocks, copy.key, raw)
 
     def _map(self, held: contextlib.ExitStack, epoch: bytes, copies: Iterable[ChunkCopy]) -> dict[int, int]:
         """Address of each segment that the copies touch, as long as `held` is; of those that are mapped."""
@@ -92,20 +97,18 @@ def _event(after: Fence | None) -> int:
 class DeviceRegistration:
     """Makes mapped segments known to CUDA, so that copies run at the link's rate (38 ms a GiB).
 
-    A piece at a time: a registration holds up the engine's own calls to the device.
-
-    Args:
-        piece_bytes: a whole number of slots, because no copy may cross from one piece to the next.
+    A piece at a time: a registration holds up the engine's own calls to the device. Pieces begin at
+    multiples of `REGISTERED_AT_ONCE`, which copies do not cross.
     """
 
-    def __init__(self, library: DeviceLibrary, device: int, piece_bytes: int) -> None:
-        self._library, self._device, self._piece_bytes = library, device, piece_bytes
+    def __init__(self, library: DeviceLibrary, device: int) -> None:
+        self._library, self._device = library, device
 
     def add(self, mapping: MappedSegment) -> None:
         """Raises DeviceError: CUDA refused, e.g. because memory may not be locked."""
         done: list[int] = []
         try:
-            for address, nbytes in self._pieces(mapping):
+            for address, nbytes in _pieces(mapping):
                 self._library.register(self._device, address, nbytes)
                 done.append(address)
         except DeviceError:
@@ -114,9 +117,13 @@ class DeviceRegistration:
             raise
 
     def remove(self, mapping: MappedSegment) -> None:
-        for address, _ in self._pieces(mapping):
+        for address, _ in _pieces(mapping):
             self._library.unregister(self._device, address)
 
-    def _pieces(self, mapping: MappedSegment) -> Iterator[tuple[int, int]]:
-        for offset in range(0, mapping.nbytes, self._piece_bytes):
-            yield mapping.address + offset, min(self._piece_bytes, mapping.nbytes - offset)
+
+def _pieces(mapping: MappedSegment) -> Iterator[tuple[int, int]]:
+    address, end = mapping.address, mapping.address + mapping.nbytes
+    while address < end:
+        following = min(end, (address // REGISTERED_AT_ONCE + 1) * REGISTERED_AT_ONCE)
+        yield address, following - address
+        address = following

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -30,16 +30,15 @@ class Copier(Protocol):
 
 
 class HostCopies:
-    """Carries out jobs with a copier.
+    """Carries out jobs with copiers.
 
     Args:
-        copier: moves one chunk, GIL released.
+        copiers: by the size of a slot, in bytes: each moves one chunk stored in its way, GIL released.
         segments: mappings by store epoch.
-        slot_bytes: size of a chunk's slot.
     """
 
-    def __init__(self, copier: Copier, segments: Segments, slot_bytes: int) -> None:
-        self._copier, self._segments, self._slot_bytes = copier, segments, slot_bytes
+    def __init__(self, copiers: Mapping[int, Copier], segments: Segments) -> None:
+        self._copiers, self._segments = copiers, segments
 
     def load(self, job: LoadJob, after: Fence | None) -> Report:
         started = time.monotonic()
@@ -51,14 +50,15 @@ class HostCopies:
                 with self._segments.use(job.epoch, chunk.segment) as mapping:
                     if mapping is None:
                         return Report(job.job, ok=False, failed_from=index)
-                    self._copier.scatter(mapping.address + chunk.offset, chunk.blocks, chunk.key)
+                    copier = self._copiers[chunk.nbytes]
+                    copier.scatter(mapping.address + chunk.offset, chunk.blocks, chunk.key)
             except ChunkMismatch as error:
                 log.error("stored chunk %s refused: %s", chunk.key.hex()[:16], error)
                 return Report(job.job, ok=False, failed_from=index, corrupt=chunk.key)
             except (OutOfMemory, ValueError):
                 log.exception("load of chunk %s failed", chunk.key.hex()[:16])
                 return Report(job.job, ok=False, failed_from=index)
-        nbytes = self._slot_bytes * len(job.chunks)
+        nbytes = sum(chunk.nbytes for chunk in job.chunks)
         return Report(job.job, ok=True, nbytes=nbytes, seconds=time.monotonic() - started)
 
     def save(self, jobs: Sequence[SaveJob], after: Fence | None) -> list[Report]:
@@ -70,11 +70,12 @@ class HostCopies:
             with self._segments.use(job.epoch, job.chunk.segment) as mapping:
                 if mapping is None:
                     return Report(job.job, ok=False)
-                self._copier.gather(mapping.address + job.chunk.offset, job.chunk.blocks, job.chunk.key)
+                copier = self._copiers[job.chunk.nbytes]
+                copier.gather(mapping.address + job.chunk.offset, job.chunk.blocks, job.chunk.key)
         except DoesNotFit as error:
             log.debug("chunk %s: %s", job.chunk.key.hex()[:16], error)
             return Report(job.job, ok=False, does_not_fit=True)
         except (OutOfMemory, ValueError):
             log.exception("save of chunk %s failed", job.chunk.key.hex()[:16])
             return Report(job.job, ok=False)
-        return Report(job.job, ok=True, nbytes=self._slot_bytes, seconds=time.monotonic() - started)
+        return Report(job.job, ok=True, nbytes=job.chunk.nbytes, seconds=time.monotonic() - started)

@@ -15,6 +15,7 @@ class ChunkCopy:
     key: bytes
     segment: int
     offset: int  # bytes into the segment
+    nbytes: int  # of the slot: it tells how the chunk is stored
     blocks: tuple[int, ...]
 
 

@@ -35,6 +35,11 @@ class Lookup:
     stage: LookupStage = LookupStage.ASKED
     slots: tuple[Slot, ...] = ()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its answer is still to come."""
+        return self.stage is LookupStage.ASKED
+
 
 class LookupBook:
     """Lookups by lease. The store may hold a lease from when it is asked until it is told otherwise."""

@@ -1,4 +1,4 @@
-"""The side socket's messages: one JSON object a packet, descriptors beside it.
+"""The side socket's messages: one JSON object a packet, descriptors beside it; or a question.
 
 client -> store   {"hello": {...}} + pidfd of the client     who I am; this descriptor says when I am gone
 store  -> client  {"welcome": {"epoch": hex}}
@@ -6,6 +6,8 @@ store  -> worker  {"segment": {"id": n, "nbytes": n}} + memfd
 worker -> store   {"registered": n}                           mapped, and registered with the device
 worker -> store   {"unusable": n}                             could not be; offer it again later
 client -> store   {"bye": true}                               all my copies are done
+scheduler -> store  "M" + MatchRequest                        what of this prompt is there?
+store -> scheduler  "M" + MatchReply                          in the order of the questions
 
 The connection is the client's life: when it ends the store grants nothing more, and when the
 pidfd fires, or after a bye, what the client held is free.
@@ -20,8 +22,10 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-MAX_MESSAGE = 4096
-PROTOCOL = 1
+MAX_MESSAGE = 128 << 10
+PROTOCOL = 2
+QUESTION = b"M"  # no JSON object begins so
+QUESTION_KEYS_MAX = 2048  # longer prompts ask over gRPC
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,27 @@ def send_message(sock: socket.socket, message: dict[str, Any], fds: list[int] | 
     sock.sendmsg([data], ancillary)
 
 
-def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """The next packet and its descriptors, which the caller owns; None at end of stream.
+def send_question(sock: socket.socket, body: bytes) -> None:
+    """One question, or its answer; never waits.
+
+    Raises:
+        BlockingIOError: the peer does not read.
+        OSError: it is gone.
+    """
+    sock.send(QUESTION + body, socket.MSG_DONTWAIT)
+
+
+def receive_question(sock: socket.socket) -> bytes | None:
+    """The next answer to a question; None if there is none yet, or the peer is gone."""
+    try:
+        data = sock.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+    except OSError:
+        return None
+    return data[len(QUESTION) :] if data.startswith(QUESTION) else None
+
+
+def receive_message(sock: socket.socket) -> tuple[dict[str, Any] | bytes, list[int]] | None:
+    """The next packet and its descriptors, which the caller owns; None at end of stream. A question is bytes.
 
     Raises:
         ValueError: the packet is not a JSON object, or too long.
@@ -74,6 +97,8 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | N
     try:
         if flags & socket.MSG_TRUNC:
             raise ValueError("side message too long")
+        if data.startswith(QUESTION):
+            return data[len(QUESTION) :], list(fds)
         message = json.loads(data)
         if not isinstance(message, dict):
             raise ValueError("side message is not an object")

@@ -119,15 +119,16 @@ class Catalogue:
         return list(self._inside.get(segment, ()))
 
     def hold(self, entries: Sequence[Entry]) -> None:
-        """One more reader on each of `entries`, a prefix of one slot size in prompt order. Counts as use."""
+        """One more reader on each of `entries`, a prefix in prompt order. Counts as use."""
         for entry in entries:
             if entry.state is not State.READY:
                 raise ValueError(f"chunk {entry.key.hex()[:16]} is {entry.state.value}, not ready")
             if not entry.readers:
                 self.bytes_being_read += entry.slot.nbytes
             entry.readers += 1
-        if entries:
-            self.touch(entries[0].slot.nbytes, [entry.key for entry in entries])
+        keys = [entry.key for entry in entries]
+        for slot_bytes in {entry.slot.nbytes for entry in entries}:
+            self.touch(slot_bytes, keys)
 
     def touch(self, slot_bytes: int, keys: Sequence[bytes]) -> None:
         """`keys`, a prefix in prompt order, were used. Those not in slots of `slot_bytes` are ignored."""

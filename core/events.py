@@ -15,13 +15,13 @@ class ClientOpened:
     """An engine's scheduler side has introduced itself, or has come back."""
 
     client: str
-    slot_bytes: int
+    slot_sizes: tuple[int, ...]  # of the slots that it can use, in bytes; the usual one first
     workers: int  # processes that copy, one for each rank
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Find and lease the longest stored prefix of `keys`."""
+    """Find and lease the longest stored prefix of `keys`. `seq` is 0 if nothing can have overtaken it."""
 
     client: str
     seq: int
@@ -35,7 +35,7 @@ class Update:
 
     client: str
     seq: int
-    reserve: tuple[tuple[int, bytes], ...] = ()  # (job drawn by the client, key)
+    reserve: tuple[tuple[int, bytes, int], ...] = ()  # (job drawn by the client, key, bytes of the slot)
     committed: tuple[int, ...] = ()  # jobs whose every writer has finished
     aborted: tuple[int, ...] = ()  # jobs that write no more
     released: tuple[int, ...] = ()  # leases whose copies are done

@@ -180,6 +180,14 @@ class ChunkLayout:
         return self if self.codec == CODEC_RAW else replace(self, codec=CODEC_RAW)
 
     @cached_property
+    def ways(self) -> tuple[ChunkLayout, ...]:
+        """How such a chunk may be stored, this way first. The size of its slot tells which it is."""
+        packed = replace(self, codec=CODEC_PACKED)
+        if packed.slot_bytes == self.raw.slot_bytes:
+            return (self.raw,)  # nothing of it can be packed
+        return (packed, self.raw) if self.codec == CODEC_PACKED else (self.raw, packed)
+
+    @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ whenever two layouts place any byte differently."""
         return digest(

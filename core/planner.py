@@ -61,12 +61,21 @@ class Claim:
     overdue: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where an Update's reservations of one size find slots: each of `steps` frees some; or the answer."""
+
+    slot_bytes: int
+    steps: Iterator[bool]
+    without: Why
+
+
 @dataclass(slots=True)
 class Client:
     """One engine. `registered` maps a segment to the ranks that have mapped it."""
 
     id: str
-    slot_bytes: int
+    slot_sizes: tuple[int, ...]
     workers: int
     seq: int = 0
     stopped: bool = False
@@ -78,8 +87,8 @@ class Client:
     jobs_believed: int = 0
 
     def can_reach(self, entry: Entry) -> bool:
-        """Whether all its ranks have mapped the entry's segment, and the slot is of its size."""
-        return entry.slot.segment in self.usable and entry.slot.nbytes == self.slot_bytes
+        """Whether all its ranks have mapped the entry's segment, and the slot is of a size that it can use."""
+        return entry.slot.segment in self.usable and entry.slot.nbytes in self.slot_sizes
 
 
 class Planner:
@@ -176,12 +185,14 @@ class Planner:
         self._hear(client, event)  # also from a client that gets nothing more: reports free what it holds
         if why := self._refusal(client):
             return [Updated((why,) * len(event.reserve))]
-        growth = self._grow(client.slot_bytes, now) if event.reserve else []
-        more_is_coming = self._more_is_coming(client, now)
-        room = iter(()) if more_is_coming else self._make_room(client, len(event.reserve), now)
-        without = Why.NOT_READY if more_is_coming else Why.FULL
-        grants = tuple(self._reserve(client, job, key, room, without, now) for job, key in event.reserve)
-        growth += self._grow(client.slot_bytes, now) if event.reserve else []
+        wanted = Counter(nbytes for _, _, nbytes in event.reserve if nbytes in client.slot_sizes)
+        growth = [action for nbytes in wanted for action in self._grow(nbytes, now)]
+        rooms = {nbytes: self._room(client, nbytes, count, now) for nbytes, count in wanted.items()}
+        grants = tuple(
+            self._reserve(client, job, key, rooms[nbytes], now) if nbytes in rooms else Why.OTHER
+            for job, key, nbytes in event.reserve
+        )
+        growth += [action for nbytes in wanted for action in self._grow(nbytes, now)]
         return [Updated(grants), *growth]
 
     def _hear(self, client: Client, event: Update) -> None:
@@ -206,38 +217,42 @@ class Planner:
                 self.catalogue.drop(entry_or_none)
                 self.counters["corrupt_chunks"] += 1
         for keys in event.used:
-            self.catalogue.touch(client.slot_bytes, keys)
+            for slot_bytes in client.slot_sizes:
+                self.catalogue.touch(slot_bytes, keys)
         client.leases_believed, client.jobs_believed = event.leases_held, event.jobs_held
 
-    def _reserve(
-        self, client: Client, job: int, key: bytes, room: Iterator[bool], without: Why, now: float
-    ) -> Slot | Why:
-        """A slot for `key`; a step of `room` frees one. `without`: the answer if there is none."""
+    def _reserve(self, client: Client, job: int, key: bytes, room: Room, now: float) -> Slot | Why:
+        """A slot for `key`, made free if need be."""
         if self.catalogue.get(key) is not None:
             return Why.EXISTS
         if job in client.jobs:
             return Why.STALE
-        slot = self.slots.take(client.slot_bytes, client.usable)
-        if slot is None and next(room, False):
-            slot = self.slots.take(client.slot_bytes, client.usable)
+        slot = self.slots.take(room.slot_bytes, client.usable)
+        while slot is None and next(room.steps, False):
+            slot = self.slots.take(room.slot_bytes, client.usable)
         if slot is None:
-            self.counters[f"refused_{without.value}"] += 1
-            return without
+            self.counters[f"refused_{room.without.value}"] += 1
+            return room.without
         entry = self.catalogue.reserve(key, slot)
         self.slots.note_use((slot.segment,), now)
         client.jobs_believed += 1
         client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
         return slot
 
-    def _make_room(self, client: Client, wanted: int, now: float) -> Iterator[bool]:
+    def _room(self, client: Client, slot_bytes: int, wanted: int, now: float) -> Room:
+        if self._more_is_coming(client, slot_bytes, now):  # then nothing is evicted for it
+            return Room(slot_bytes, iter(()), Why.NOT_READY)
+        return Room(slot_bytes, self._make_room(client, slot_bytes, wanted, now), Why.FULL)
+
+    def _make_room(self, client: Client, slot_bytes: int, wanted: int, now: float) -> Iterator[bool]:
         """Each step frees room that `client` can use, up to `wanted` slots; it ends where there is no more.
 
         What another slot size has not used for longer goes first, a whole segment of it: of a model that
         is served no more, say. Victims are looked for once, however much one Update reserves.
         """
-        if self._take_over(client, now):
+        if self._take_over(client, slot_bytes, now):
             yield True
-        for entry in self.catalogue.victims(client.slot_bytes, now, wanted, client.can_reach):
+        for entry in self.catalogue.victims(slot_bytes, now, wanted, client.can_reach):
             self._evict(entry)
             yield True
 
@@ -258,24 +273,24 @@ class Planner:
             return [GrowPool(nbytes, slot_bytes)]
         return []
 
-    def _more_is_coming(self, client: Client, now: float) -> bool:
-        """Whether a segment is being made, or mapped, for `client`: then nothing is evicted for it."""
+    def _more_is_coming(self, client: Client, slot_bytes: int, now: float) -> bool:
+        """Whether a segment is being made, or mapped, for `client`."""
         return self._growing or any(
-            segment.free and segment.slot_bytes == client.slot_bytes and segment.id not in client.usable
+            segment.free and segment.slot_bytes == slot_bytes and segment.id not in client.usable
             for segment in self.slots.segments.values()
             if now < self._added.get(segment.id, now) + _MAPPING_S
         )
 
-    def _take_over(self, client: Client, now: float) -> bool:
+    def _take_over(self, client: Client, slot_bytes: int, now: float) -> bool:
         """Cut a colder segment of another size, if all in it may go, into slots for `client`."""
         if self._growing:
             return False
-        for segment in self.slots.colder_than(client.slot_bytes, client.usable):
+        for segment in self.slots.colder_than(slot_bytes, client.usable):
             inside = self.catalogue.inside(segment.id)
             if all(entry.may_go(now) for entry in inside):
                 for entry in inside:
                     self._evict(entry)
-                self.slots.reclass(segment.id, client.slot_bytes)
+                self.slots.reclass(segment.id, slot_bytes)
                 return True
         return False
 
@@ -301,16 +316,18 @@ class Planner:
     # --- clients ----------------------------------------------------------------------------
 
     def _open(self, event: ClientOpened, now: float) -> list[Action]:
-        if self.limits.pool_bytes < event.slot_bytes:
+        if self.limits.pool_bytes < event.slot_sizes[0]:
             return [Refused(Why.POOL_TOO_SMALL)]
-        client = self.clients.setdefault(event.client, Client(event.client, event.slot_bytes, event.workers))
-        return self._grow(client.slot_bytes, now)
+        client = self.clients.setdefault(event.client, Client(event.client, event.slot_sizes, event.workers))
+        return self._grow(client.slot_sizes[0], now)
 
     def _heard(self, event: Match | Update) -> Client | Refused:
         """The sender, unless a later request of its was answered already (this one was overtaken)."""
         client = self.clients.get(event.client)
         if client is None:
             return Refused(Why.UNKNOWN_CLIENT)
+        if isinstance(event, Match) and not event.seq:
+            return client
         if event.seq <= client.seq:
             return Refused(Why.STALE)
         client.seq = event.seq
@@ -320,7 +337,7 @@ class Planner:
         """Why `client` may not be given anything now."""
         if client.stopped:
             return Why.STOPPED
-        overdue_bytes = self.overdue_slots(client) * client.slot_bytes
+        overdue_bytes = sum(entry.slot.nbytes for entry in self._overdue(client))
         if overdue_bytes > self.limits.quarantine_share_max * self.limits.pool_bytes:
             return Why.QUARANTINE
         return None
@@ -348,6 +365,11 @@ class Planner:
                     self.catalogue.move(claim.entries[0], Cause.OVERDUE)
 
     def overdue_slots(self, client: Client) -> int:
-        """How many slots, all of the client's size, its overdue claims hold."""
+        """How many slots its overdue claims hold."""
+        return len(self._overdue(client))
+
+    def _overdue(self, client: Client) -> list[Entry]:
         claims = (*client.leases.values(), *client.jobs.values())
-        return len({id(entry) for claim in claims if claim.overdue for entry in claim.entries})
+        return list(
+            {id(entry): entry for claim in claims if claim.overdue for entry in claim.entries}.values()
+        )

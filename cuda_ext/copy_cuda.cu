@@ -218,14 +218,26 @@ bool copy_rows(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const
     return error == cudaSuccess;
 }
 
+// One copy, in two where it would cross from one registered piece of memory into the next.
+int copy_bytes(const kvs_pipe& pipe, uint8_t* staged, uint8_t* stored, int64_t nbytes, bool load) {
+    constexpr uintptr_t PIECE = KVS_REGISTERED_AT_ONCE;
+    while (nbytes > 0) {
+        const auto left = static_cast<int64_t>(PIECE - reinterpret_cast<uintptr_t>(stored) % PIECE);
+        const int64_t now = std::min(nbytes, left);
+        KVS_TRY(cudaMemcpyAsync(load ? staged : stored, load ? stored : staged, now,
+                                load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, pipe.copies));
+        staged += now, stored += now, nbytes -= now;
+    }
+    return 0;
+}
+
 int copy_runs(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
     if (copy_rows(pipe, piece, slab, batch, load)) return 0;
     for (int64_t i = 0; i < batch.count; ++i) {
         for (const Run& run : piece.runs) {
             uint8_t* staged = slab.data + i * stride_of(piece) + (run.offset - piece.offset());
-            uint8_t* stored = batch.slot(i) + run.offset;
-            KVS_TRY(cudaMemcpyAsync(load ? staged : stored, load ? stored : staged, run.nbytes,
-                                    load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, pipe.copies));
+            const int error = copy_bytes(pipe, staged, batch.slot(i) + run.offset, run.nbytes, load);
+            if (error != 0) return error;
         }
     }
     return 0;

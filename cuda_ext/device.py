@@ -35,6 +35,7 @@ LIBRARY_NAME = "_kvstrata_cuda.so"
 BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
 CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
 STAGING_BYTES = 64 << 20  # a pipe; smaller pieces disturb the engine less and use the link worse
+REGISTERED_AT_ONCE = 64 << 20  # KVS_REGISTERED_AT_ONCE
 _ALL_GOOD = -1
 _OTHER_CHUNK = -1  # KVS_OTHER_CHUNK, in the place of an error
 

@@ -15,6 +15,7 @@
 #define KVS_NO_MEMORY (-2) /* instead of an index: there was none for one unpacked sub-block */
 #define KVS_CHUNKS_MAX 1024 /* a job */
 #define KVS_KEY_BYTES 32
+#define KVS_REGISTERED_AT_ONCE (64 << 20) /* memory is registered in pieces that end at its multiples */
 #define KVS_OTHER_CHUNK (-1) /* instead of an error: a slot does not begin as its chunk should */
 #define KVS_BLOCKS_MAX 256 /* engine blocks a chunk, on a GPU: they travel as a kernel's argument */
 #define KVS_RAW 0

@@ -55,14 +55,15 @@ class KVStrataConnector(KVConnectorBase_V1):
         refuse_unsupported(vllm_config)
         # A link to a GPU is worth packing for; a copy in host memory costs more packed than it saves.
         codec = CODEC_PACKED if vllm_config.device_config.device_type == "cuda" else CODEC_RAW
-        layout = chunk_layout(kv_cache_config, config.chunk.tokens, codec=codec)
+        layout = chunk_layout(kv_cache_config, config.chunk.tokens, codec=codec).ways[0]
         block_tokens = single_group(kv_cache_config).kv_cache_spec.block_size
         client = instance_id(vllm_config)
         self._scheduler: SchedulerConnector | None = None
         self._worker: WorkerConnector | None = None
         if role is KVConnectorRole.SCHEDULER:
             identity = Identity(vllm_config, layout, config)
-            node = NodeClient(config, client, layout.slot_bytes, workers=1, notify=log.warning)
+            sizes = tuple(way.slot_bytes for way in layout.ways)
+            node = NodeClient(config, client, sizes, workers=1, notify=log.warning)
             identity.wait(_WEIGHTS_WAIT_S)
             self._scheduler = SchedulerConnector(
                 node, identity, layout.chunk_tokens, block_tokens, 1, config.client

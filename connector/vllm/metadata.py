@@ -31,6 +31,7 @@ class WorkDone(KVConnectorWorkerMetadata):
 
     saved: dict[int, int] = field(default_factory=dict)  # job -> ranks that have ended it, well or not
     unsaved: set[int] = field(default_factory=set)  # of these, jobs that some rank could not write
+    unpackable: set[int] = field(default_factory=set)  # of these, jobs whose chunk does not fit packed
     loaded: dict[int, int] = field(default_factory=dict)  # job -> ranks that have ended it, well or not
     failed_from: dict[int, int] = field(default_factory=dict)  # load -> first chunk that is not there
     corrupt: set[bytes] = field(default_factory=set)  # keys whose bytes failed their check
@@ -44,6 +45,7 @@ class WorkDone(KVConnectorWorkerMetadata):
         for job, index in other.failed_from.items():
             self.failed_from[job] = min(index, self.failed_from.get(job, index))
         self.unsaved |= other.unsaved
+        self.unpackable |= other.unpackable
         self.corrupt |= other.corrupt
         return self
 

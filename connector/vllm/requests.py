@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,30 @@ class Loading:
     first_chunk: int
     tokens: int
     ranks_ended: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """What a step does for one request. `afresh`: its earlier blocks are its no more."""
+
+    request_id: str
+    blocks: list[int]  # new ones
+    afresh: bool
+    computed: int  # tokens, once the step is over
+
+
+def scheduled(output: SchedulerOutput) -> Iterator[Scheduled]:
+    """Every request that a step computes."""
+    tokens = output.num_scheduled_tokens
+    for new in output.scheduled_new_reqs:
+        computed = new.num_computed_tokens + tokens[new.req_id]
+        yield Scheduled(new.req_id, list(new.block_ids[0]), True, computed)
+    cached = output.scheduled_cached_reqs
+    for req_id, ids, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        added = list(ids[0]) if ids is not None else []
+        yield Scheduled(req_id, added, req_id in cached.resumed_req_ids, computed + tokens[req_id])
 
 
 def taken_blocks(output: SchedulerOutput, block_tokens: int) -> list[int]:

@@ -20,7 +20,7 @@ from kvstrata.connector.lookups import Lookup, LookupBook, LookupStage
 from kvstrata.connector.vllm.compat import all_tokens, is_streaming_input, prompt_tokens, skips_prefix_cache
 from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
-from kvstrata.connector.vllm.requests import Loading, Tracked, taken_blocks
+from kvstrata.connector.vllm.requests import Loading, Tracked, scheduled, taken_blocks
 from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import Answer, Call, Lost, NodeClient
 from kvstrata.core.config import ClientConfig
@@ -188,9 +188,10 @@ class SchedulerConnector:
         end = self._loadable(tracked)
         start = end - external
         first_chunk = start // self._chunk_tokens
+        keys = tracked.chain.keys
         chunks = [
             ChunkCopy(
-                tracked.chain.keys[i], slot.segment, slot.offset, self._chunk_blocks(blocks, i, start, end)
+                keys[i], slot.segment, slot.offset, slot.nbytes, self._chunk_blocks(blocks, i, start, end)
             )
             for i, slot in enumerate(lookup.slots)
             if first_chunk <= i and i * self._chunk_tokens < end
@@ -218,7 +219,7 @@ class SchedulerConnector:
         self._follow(session.epoch if session else None)
         self._expire_lookups()
         for save in self._saves.ask_again(time.monotonic()):
-            self._outbox.reserve.append((save.job, save.key))
+            self._outbox.reserve.append(save.reservation)
         waits = idle and (self._update or self._lookups.leases or self._saves.postponed)
         self._collect(self._may_wait() if waits else 0.0)
         loaded = [block for _, load in self._new_loads for chunk in load.chunks for block in chunk.blocks]
@@ -231,22 +232,11 @@ class SchedulerConnector:
 
     def _note_scheduled(self, output: SchedulerOutput) -> None:
         """Follow every scheduled request's blocks and tokens; want saves for what this step completes."""
-        scheduled = output.num_scheduled_tokens
-        self._begun.update(scheduled)
-        for new in output.scheduled_new_reqs:
-            if tracked := self._tracked.get(new.req_id):
-                tracked.blocks = list(new.block_ids[0])
-                self._save_complete(tracked, new.num_computed_tokens + scheduled[new.req_id])
-        cached = output.scheduled_cached_reqs
-        for req_id, ids, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if tracked := self._tracked.get(req_id):
-                added = list(ids[0]) if ids is not None else []
-                if req_id in cached.resumed_req_ids:
-                    tracked.blocks.clear()
-                tracked.blocks.extend(added)
-                self._save_complete(tracked, computed + scheduled[req_id])
+        self._begun.update(output.num_scheduled_tokens)
+        for step in scheduled(output):
+            if tracked := self._tracked.get(step.request_id):
+                tracked.blocks = step.blocks if step.afresh else tracked.blocks + step.blocks
+                self._save_complete(tracked, step.computed)
 
     def _save_complete(self, tracked: Tracked, computed: int) -> None:
         """Want a save for every chunk that is complete once `computed` tokens are.
@@ -264,9 +254,9 @@ class SchedulerConnector:
         for chunk in range(tracked.next_save, full):
             if keys[chunk] not in self._saves:
                 blocks = tuple(tracked.blocks[chunk * per_chunk : (chunk + 1) * per_chunk])
-                save = Save(next(self._numbers), keys[chunk], blocks, self._epoch)
+                save = Save(next(self._numbers), keys[chunk], self._client.slot_sizes[0], blocks, self._epoch)
                 self._saves.want(save)
-                self._outbox.reserve.append((save.job, save.key))
+                self._outbox.reserve.append(save.reservation)
         if full // _USED_EVERY > tracked.next_save // _USED_EVERY:
             self._outbox.used.append(tuple(keys[:full]))  # or a long prompt would push out its own head
         tracked.next_save = full
@@ -275,23 +265,19 @@ class SchedulerConnector:
         """Saves whose blocks this step overwrites: copied first, or given up if they have no slot yet."""
         flush = []
         for save in self._saves.overwritten(taken):
-            if save.stage is Stage.WANTED and self._is_asked_for(save):
+            if save.stage is Stage.WANTED and self._update and save.reservation in self._update.reserve:
                 self._collect(self._may_wait(), until=save)
             if save.stage is Stage.WANTED:
                 self._give_up(save)
             elif save.stage is not Stage.OVER:
+                save.flushed = True
                 flush.append(save.job)
         return flush
 
-    def _is_asked_for(self, save: Save) -> bool:
-        """Whether the store's answer for it is on its way."""
-        return self._update is not None and (save.job, save.key) in self._update.reserve
-
     def _give_up(self, save: Save, why: str = "lost_saves") -> None:
         self._saves.drop(save.job)
-        reserved = (save.job, save.key)
-        if reserved in self._outbox.reserve:
-            self._outbox.reserve.remove(reserved)
+        if save.reservation in self._outbox.reserve:
+            self._outbox.reserve.remove(save.reservation)
         else:
             self._outbox.aborted.append(save.job)
         self.stats.count(why)
@@ -325,10 +311,7 @@ class SchedulerConnector:
             save.ranks_ended += ranks
             save.failed = save.failed or job in done.unsaved  # some rank's part is missing: not a chunk
             if save.ranks_ended >= self._ranks:
-                self._saves.drop(job)
-                if save.epoch == self._epoch:
-                    (self._outbox.aborted if save.failed else self._outbox.committed).append(job)
-                self.stats.count("failed_saves" if save.failed else "saved_chunks")
+                self._save_ended(save, job in done.unpackable)
         for job, ranks in done.loaded.items():
             loading = self._loading.get(job)
             if loading is None:
@@ -345,6 +328,20 @@ class SchedulerConnector:
         self._outbox.corrupt += sorted(done.corrupt)  # a set has another order in every process
         if done.corrupt:
             self.stats.count("corrupt_chunks", len(done.corrupt))
+
+    def _save_ended(self, save: Save, unpackable: bool) -> None:
+        self._saves.drop(save.job)
+        if save.epoch == self._epoch:
+            (self._outbox.aborted if save.failed else self._outbox.committed).append(save.job)
+        sizes = self._client.slot_sizes
+        if not unpackable or save.nbytes == sizes[-1] or not self._in_reach():
+            self.stats.count("failed_saves" if save.failed else "saved_chunks")
+        elif save.flushed:  # others have its blocks by now
+            self.stats.count("lost_saves")
+        else:  # its blocks are still watched, as they were until now
+            again = Save(next(self._numbers), save.key, sizes[-1], save.blocks, save.epoch)
+            self._saves.want(again)
+            self._outbox.reserve.append(again.reservation)
 
     def _load_failed(self, loading: Loading, failed_from: int) -> None:
         self.stats.count("failed_loads")
@@ -365,7 +362,7 @@ class SchedulerConnector:
         came = False
         while True:
             left = deadline - time.monotonic()
-            waiting = left > 0 and (not came if until is None else _open(until))
+            waiting = left > 0 and (not came if until is None else until.is_open)
             item = self._client.collect(left if waiting else 0.0)
             if item is None:
                 break
@@ -386,7 +383,7 @@ class SchedulerConnector:
         if not isinstance(answer, Updated):
             self._outbox.take_back(call)
         if isinstance(answer, Updated):
-            for (job, _), grant in zip(call.reserve, answer.grants, strict=True):
+            for (job, _, _), grant in zip(call.reserve, answer.grants, strict=True):
                 if grant is Why.NOT_READY and self._saves.postpone(job, time.monotonic()):
                     continue
                 if not isinstance(grant, Slot):
@@ -395,7 +392,7 @@ class SchedulerConnector:
                 elif not self._saves.grant(job, grant):
                     log.debug("job %d was given up meanwhile; its abort is on the way", job)
         else:
-            for job, _ in call.reserve:
+            for job, _, _ in call.reserve:
                 if self._saves.drop(job):
                     self.stats.count("saves_out_of_reach")
 
@@ -498,9 +495,3 @@ class SchedulerConnector:
 
     def close(self) -> None:
         self._client.close()
-
-
-def _open(awaited: Lookup | Save) -> bool:
-    if isinstance(awaited, Lookup):
-        return awaited.stage is LookupStage.ASKED
-    return awaited.stage is Stage.WANTED

@@ -23,7 +23,7 @@ COUNTERS = {
     "corrupt_chunks": "Stored chunks refused because their bytes failed the check",
     "saved_chunks": "Chunks copied to the host pool",
     "failed_saves": "Chunks that could not be copied",
-    "unpackable_chunks": "Of these, chunks whose numbers are spread too widely to be packed",
+    "unpackable_chunks": "Chunks whose numbers are spread too widely to be packed: they are stored raw",
     "lost_saves": "Chunks whose blocks were reused before they had a slot",
     "saves_out_of_reach": "Chunks given up because the node store went out of reach",
     "bytes_loaded": "Bytes copied from the host pool",

@@ -28,7 +28,6 @@ log = logging.getLogger("kvstrata.vllm")
 
 _IDLE_WAIT_S = 0.001
 _SAVES_AT_ONCE = 16
-_REGISTERED_AT_ONCE = 64 << 20
 
 
 class WorkerConnector:
@@ -69,19 +68,18 @@ class WorkerConnector:
 
     def make_copies(self, cache: EngineCache, caches: Mapping[str, torch.Tensor]) -> Copies:
         """What moves chunks between the engine's cache and slots."""
-        slot_bytes, node = self._layout.slot_bytes, self._config.node
+        node, ways = self._config.node, self._layout.ways
         if self._device.type == "cpu":
             self._segments = worker_segments(node, self._client, self._rank)
-            return HostCopies(CopyEngine(self._layout, cache), self._segments, slot_bytes)
+            return HostCopies({way.slot_bytes: CopyEngine(way, cache) for way in ways}, self._segments)
         library, device = load_device_library(), self._device.index or 0
         loads, saves = (
             DevicePipe(self._layout, cache, device, STAGING_BYTES, gathers, library)
             for gathers in (False, True)
         )
-        piece = max(1, _REGISTERED_AT_ONCE // slot_bytes) * slot_bytes
-        registration = DeviceRegistration(library, device, piece)
+        registration = DeviceRegistration(library, device)
         self._segments = worker_segments(node, self._client, self._rank, registration)
-        return DeviceCopies(loads, saves, self._segments, slot_bytes)
+        return DeviceCopies(loads, saves, self._segments, self._layout.raw.slot_bytes)
 
     def _fence(self) -> Fence | None:
         """What the engine has asked of its device so far."""
@@ -135,6 +133,7 @@ class WorkerConnector:
         if not report.ok:
             self._done.unsaved.add(report.job)
         if report.does_not_fit:
+            self._done.unpackable.add(report.job)
             self.stats.count("unpackable_chunks")
         self.stats.count("bytes_saved", report.nbytes)
         self.stats.count("save_seconds", report.seconds)

@@ -1,16 +1,19 @@
-"""The scheduler side's client: one thread speaks gRPC, the caller never waits for the network.
+"""The scheduler side's client: the caller posts calls, collects answers, and never waits for the network.
 
-The caller posts calls and collects answers from a queue; a call costs it about 0.1 ms. While
-the store is absent, slow or restarting `session` is None and the caller treats everything as a miss.
-Calls that fail are answered with `Lost`: the store may or may not have seen them, so the caller
-gives back by id what they might have taken.
+Updates go over gRPC, on a thread. Questions (Match) go over the side socket, on the caller's own thread:
+a thread that another one keeps from the GIL would add 10 ms to each. While the store is absent, slow or
+restarting `session` is None and the caller treats everything as a miss. Calls that fail are answered with
+`Lost`: the store may or may not have seen them, so the caller gives back by id what they might have taken.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import queue
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from kvstrata import __version__
 from kvstrata.controller.client.segments import SideConnection
 from kvstrata.controller.node.launch import start_node
 from kvstrata.controller.paths import RuntimePaths, runtime_paths
-from kvstrata.controller.side import Hello
+from kvstrata.controller.side import QUESTION_KEYS_MAX, Hello
 from kvstrata.controller.wire import PROTOCOL, why_from_wire
 from kvstrata.core.config import Config, as_tree
 from kvstrata.core.errors import KVStrataError, NodeUnavailable
@@ -54,6 +58,15 @@ class Session:
     epoch: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question under way. `at`: monotonic seconds."""
+
+    session: Session
+    call: Match
+    at: float
+
+
 Call = Match | Update
 Answer = Matched | Updated | Refused | Lost
 
@@ -64,7 +77,7 @@ class NodeClient:
     Args:
         config: the engine's configuration; it also configures a store that has to be started.
         client: unique name of this engine's life.
-        slot_bytes: size of one chunk's slot.
+        slot_sizes: of chunks as this engine stores them, in bytes; the usual one first.
         workers: processes of the engine that copy.
         notify: told once of each new trouble, in words for the user.
     """
@@ -73,14 +86,17 @@ class NodeClient:
         self,
         config: Config,
         client: str,
-        slot_bytes: int,
+        slot_sizes: tuple[int, ...],
         workers: int,
         notify: Callable[[str], None] = log.warning,
     ) -> None:
-        self._config, self.client, self._slot_bytes, self._workers = config, client, slot_bytes, workers
+        self._config, self.client, self._slot_sizes, self._workers = config, client, slot_sizes, workers
         self._notify = notify
         self._calls: queue.SimpleQueue[tuple[Session, Call] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[Session, Call, Answer]] = queue.SimpleQueue()
+        self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable: there may be answers
+        self._lock = threading.Lock()  # of the next two
+        self._asked: dict[int, _Asked] = {}  # by lease, oldest first
         self._closing = threading.Event()
         self._session: Session | None = None
         self._side: SideConnection | None = None
@@ -97,6 +113,11 @@ class NodeClient:
     # --- the caller's side -------------------------------------------------------------------
 
     @property
+    def slot_sizes(self) -> tuple[int, ...]:
+        """Bytes of the slots that this engine can use, the usual one first."""
+        return self._slot_sizes
+
+    @property
     def session(self) -> Session | None:
         """The current connection; None while everything is a miss."""
         return self._session
@@ -106,21 +127,73 @@ class NodeClient:
         return self._seq
 
     def post(self, session: Session, call: Call) -> None:
-        """Send `call`; its answer arrives with `collect`. Calls go out in the order of posting."""
-        self._calls.put((session, call))
+        """Send `call`; its answer arrives with `collect`. Questions may overtake Updates, nothing else."""
+        if isinstance(call, Match) and len(call.keys) <= QUESTION_KEYS_MAX:
+            self._ask(session, call)
+        else:
+            self._calls.put((session, call))
 
     def collect(self, wait_s: float = 0.0) -> tuple[Session, Call, Answer] | None:
         """The next answer; waits up to `wait_s` seconds for it."""
-        try:
-            return self._answers.get(timeout=wait_s) if wait_s > 0 else self._answers.get_nowait()
-        except queue.Empty:
-            return None
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                return self._answers.get_nowait()
+            except queue.Empty:
+                pass
+            if answered := self._read_answer():
+                return answered
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self._wait(left)
 
     def close(self) -> None:
         """Say bye to the store: everything this client held is free. Waits for the thread."""
         self._closing.set()
         self._calls.put(None)
         self._thread.join(timeout=self._config.client.call_deadline + 2)
+
+    # --- questions: on the caller's thread -----------------------------------------------------
+
+    def _ask(self, session: Session, call: Match) -> None:
+        request = pb.MatchRequest(client=call.client, lease=call.lease, keys=b"".join(call.keys))
+        with self._lock:
+            if self._side is not None and self._side.epoch == session.epoch:
+                try:
+                    self._side.ask(request.SerializeToString())
+                except OSError:
+                    log.debug("the node store does not read its questions")
+                else:
+                    self._asked[call.lease] = _Asked(session, call, time.monotonic())
+                    return
+        self._answers.put((session, call, Lost()))
+
+    def _read_answer(self) -> tuple[Session, Call, Answer] | None:
+        with self._lock:
+            data = self._side.answer() if self._side is not None and self._asked else None
+            if data is None:
+                return None
+            try:
+                reply = pb.MatchReply.FromString(data)
+            except DecodeError:
+                reply = pb.MatchReply()
+            asked = self._asked.pop(reply.lease, None)
+        if asked is None:
+            log.warning("the node store has answered a question that was not asked")
+            return None
+        return asked.session, asked.call, _matched(reply)
+
+    def _wait(self, timeout_s: float) -> None:
+        """Until there may be an answer."""
+        waiting = select.poll()
+        waiting.register(self._news, select.POLLIN)
+        with self._lock:
+            if self._side is not None and self._asked:
+                waiting.register(self._side.fileno(), select.POLLIN)
+        waiting.poll(timeout_s * 1e3)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._news)
 
     # --- the thread --------------------------------------------------------------------------
 
@@ -203,7 +276,7 @@ class NodeClient:
             pb.OpenRequest(
                 protocol=PROTOCOL,
                 client=self.client,
-                slot_bytes=self._slot_bytes,
+                slot_bytes=self._slot_sizes,
                 workers=self._workers,
                 config_json=json.dumps(as_tree(self._config)),
                 version=__version__,
@@ -219,15 +292,30 @@ class NodeClient:
             )
         if why_from_wire(reply.refused) is Why.POOL_TOO_SMALL:
             raise NodeUnavailable(
-                f"one chunk of this model needs {format_size(self._slot_bytes)}, the host pool has "
+                f"one chunk of this model needs {format_size(self._slot_sizes[0])}, the host pool has "
                 f"{format_size(reply.pool_bytes)}: raise host.size or lower chunk.tokens"
             )
-        pool, chunk = format_size(reply.pool_bytes), format_size(self._slot_bytes)
+        pool, chunk = format_size(reply.pool_bytes), format_size(self._slot_sizes[0])
         log.info("kvstrata: connected to the node store: host pool of up to %s, %s a chunk", pool, chunk)
         return Session(reply.store_epoch)
 
+    def _answered(self, session: Session, call: Call, answer: Answer) -> None:
+        self._answers.put((session, call, answer))
+        os.eventfd_write(self._news, 1)
+
+    def _is_overdue(self) -> bool:
+        """Whether the store owes an answer to a question for too long."""
+        with self._lock:
+            oldest = next(iter(self._asked.values()), None)
+            if oldest is None or time.monotonic() - oldest.at < self._config.client.call_deadline:
+                return False
+            return self._side is None or not self._side.readable()
+
     def _serve(self, stub: node_pb2_grpc.NodeStoreStub, session: Session) -> None:
         while True:
+            if self._is_overdue():
+                self._drop_side(bye=False)
+                raise ConnectionResetError("the node store does not answer questions")
             try:
                 item = self._calls.get(timeout=_IDLE_CHECK_S)
             except queue.Empty:
@@ -238,15 +326,15 @@ class NodeClient:
                 return
             of_session, call = item
             if of_session.epoch != session.epoch:
-                self._answers.put((of_session, call, Lost()))
+                self._answered(of_session, call, Lost())
                 continue
             try:
-                answer = _send(stub, call, self._slot_bytes, self._config.client.call_deadline)
+                answer = _send(stub, call, self._config.client.call_deadline)
             except grpc.RpcError:
                 self._session = None
-                self._answers.put((session, call, Lost()))
+                self._answered(session, call, Lost())
                 raise
-            self._answers.put((session, call, answer))
+            self._answered(session, call, answer)
             if isinstance(answer, Refused) and answer.why is Why.UNKNOWN_CLIENT:
                 raise ConnectionResetError("the node store wants this engine to introduce itself again")
             if isinstance(answer, Refused) and answer.why is Why.STOPPED and not self._side_alive():
@@ -261,15 +349,20 @@ class NodeClient:
             if item is None:  # close() was called
                 self._calls.put(None)
                 return
-            self._answers.put((item[0], item[1], Lost()))
+            self._answered(item[0], item[1], Lost())
 
     def _side_alive(self) -> bool:
         return self._side is not None and self._side.alive()
 
     def _drop_side(self, bye: bool) -> None:
-        if self._side is not None:
-            self._side.close(bye)
-            self._side = None
+        with self._lock:
+            side, self._side = self._side, None
+            lost = list(self._asked.values())
+            self._asked.clear()
+            if side is not None:
+                side.close(bye)
+        for asked in lost:
+            self._answered(asked.session, asked.call, Lost())
 
     def _trouble(self, error: Exception) -> None:
         text = (
@@ -287,21 +380,18 @@ class NodeClient:
             self._notify(f"kvstrata is not used for now, every lookup is a miss: {text}")
 
 
-def _send(stub: node_pb2_grpc.NodeStoreStub, call: Call, slot_bytes: int, deadline_s: float) -> Answer:
+def _send(stub: node_pb2_grpc.NodeStoreStub, call: Call, deadline_s: float) -> Answer:
     if isinstance(call, Match):
         request = pb.MatchRequest(
             client=call.client, seq=call.seq, lease=call.lease, keys=b"".join(call.keys)
         )
-        reply = stub.Match(request, timeout=deadline_s)
-        if reply.refused:
-            return Refused(why_from_wire(reply.refused))
-        return Matched(tuple(Slot(s.segment, s.offset, slot_bytes) for s in reply.slots), reply.being_written)
+        return _matched(stub.Match(request, timeout=deadline_s))
     update = stub.Update(_update_request(call), timeout=deadline_s)
     if update.refused:
         return Refused(why_from_wire(update.refused))
     return Updated(
         tuple(
-            Slot(grant.slot.segment, grant.slot.offset, slot_bytes)
+            Slot(grant.slot.segment, grant.slot.offset, grant.slot.nbytes)
             if grant.HasField("slot")
             else why_from_wire(grant.why)
             for grant in update.grants
@@ -309,11 +399,18 @@ def _send(stub: node_pb2_grpc.NodeStoreStub, call: Call, slot_bytes: int, deadli
     )
 
 
+def _matched(reply: pb.MatchReply) -> Answer:
+    if reply.refused:
+        return Refused(why_from_wire(reply.refused))
+    slots = tuple(map(Slot, reply.segments, reply.offsets, reply.nbytes))
+    return Matched(slots, reply.being_written)
+
+
 def _update_request(call: Update) -> pb.UpdateRequest:
     return pb.UpdateRequest(
         client=call.client,
         seq=call.seq,
-        reserve=[pb.Reservation(job=job, key=key) for job, key in call.reserve],
+        reserve=[pb.Reservation(job=job, key=key, nbytes=nbytes) for job, key, nbytes in call.reserve],
         committed=call.committed,
         aborted=call.aborted,
         released=call.released,

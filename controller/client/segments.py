@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvstrata.controller.paths import runtime_paths
-from kvstrata.controller.side import Hello, receive_message, send_message
+from kvstrata.controller.side import (
+    Hello,
+    receive_message,
+    receive_question,
+    send_message,
+    send_question,
+)
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import KVStrataError
 from kvstrata.storage_backends.host import MappedSegment, map_segment, unmap_segment
@@ -77,7 +84,7 @@ class SideConnection:
                 answer = receive_message(self._sock)
             except ValueError as error:
                 raise ConnectionError(f"not a node store's answer: {error}") from error
-            self.epoch = _welcome(answer[0] if answer else {})
+            self.epoch = _welcome(answer[0] if answer and isinstance(answer[0], dict) else {})
             self._sock.settimeout(None)
         except BaseException:
             self._sock.close()
@@ -88,13 +95,31 @@ class SideConnection:
     def receive(self) -> tuple[dict[str, object], list[int]] | None:
         """The next message; None when the store is gone or `close` was called."""
         try:
-            return receive_message(self._sock)
+            received = receive_message(self._sock)
         except (OSError, ValueError):
             return None
+        return None if received is None or isinstance(received[0], bytes) else (received[0], received[1])
 
     def send(self, message: dict[str, object]) -> None:
         """Raises OSError when the store is gone."""
         send_message(self._sock, message)
+
+    def ask(self, question: bytes) -> None:
+        """Send a question; never waits. Raises OSError: the store is gone, or does not read."""
+        send_question(self._sock, question)
+
+    def answer(self) -> bytes | None:
+        """The answer to the oldest question that has none, if it is there."""
+        return receive_question(self._sock)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def readable(self) -> bool:
+        """Whether there is something to read, its end included."""
+        look = select.poll()
+        look.register(self._sock, select.POLLIN)
+        return bool(look.poll(0))
 
     def alive(self) -> bool:
         """Whether the store still holds its end. Only for connections on which nobody receives."""

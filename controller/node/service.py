@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from kvstrata import __version__
+from kvstrata.controller.node.questions import KEYS_MAX, answer, split_keys
 from kvstrata.controller.node.store import NodeStore
 from kvstrata.controller.wire import PROTOCOL, WHY_TO_WIRE
 from kvstrata.core.config import Config, HostConfig, as_tree, build_config
 from kvstrata.core.errors import ConfigError
-from kvstrata.core.events import ClientOpened, Match, Matched, Refused, Update, Updated
+from kvstrata.core.events import ClientOpened, Refused, Update, Updated
 from kvstrata.core.keys import KEY_BYTES
 from kvstrata.core.layout import ALIGNMENT
 from kvstrata.core.slots import Slot
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _CLIENT_NAME_MAX = 256
 _CONFIG_MAX = 64 << 10
-_KEYS_MAX = 1 << 16  # of one prompt, and reservations of one step: more would hold up everybody else
+_SIZES_MAX = 4
 _WHY_BYTES_MAX = 2000
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
 _NOT_NOW = grpc.StatusCode.FAILED_PRECONDITION
@@ -49,7 +50,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
             await _refuse(context, _INVALID, str(error))
         if conflicts:
             return pb.OpenReply(conflicts=conflicts, version=__version__)
-        answers = self._store.apply(ClientOpened(request.client, request.slot_bytes, request.workers))
+        answers = self._store.apply(ClientOpened(request.client, tuple(request.slot_bytes), request.workers))
         refused = next((answer.why for answer in answers if isinstance(answer, Refused)), None)
         if refused is None:
             self._store.side.client_opened(request.client)
@@ -61,25 +62,20 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
         )
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
-        keys = _split_keys(request.keys)
-        if keys is None or len(set(keys)) < len(keys):
-            why = f"Match.keys is a multiple of 32 bytes, up to {_KEYS_MAX} keys that all differ"
-            await _refuse(context, _INVALID, why)
-        (answer,) = self._store.apply(Match(request.client, request.seq, request.lease, keys))
-        if isinstance(answer, Refused):
-            return pb.MatchReply(refused=WHY_TO_WIRE[answer.why])
-        assert isinstance(answer, Matched)
-        return pb.MatchReply(slots=[_slot(slot) for slot in answer.slots], being_written=answer.being_written)
+        try:
+            return answer(self._store.apply, request, request.client, request.seq)
+        except ValueError as error:
+            await _refuse(context, _INVALID, str(error))
 
     async def Update(self, request: pb.UpdateRequest, context: Context) -> pb.UpdateReply:
-        used = [_split_keys(prefix) for prefix in request.used]
+        used = [split_keys(prefix) for prefix in request.used]
         keys = [r.key for r in request.reserve] + list(request.corrupt)
-        if None in used or len(request.reserve) > _KEYS_MAX or any(len(key) != KEY_BYTES for key in keys):
-            await _refuse(context, _INVALID, f"keys in Update are 32 bytes each, up to {_KEYS_MAX}")
+        if None in used or len(request.reserve) > KEYS_MAX or any(len(key) != KEY_BYTES for key in keys):
+            await _refuse(context, _INVALID, f"keys in Update are 32 bytes each, up to {KEYS_MAX}")
         event = Update(
             client=request.client,
             seq=request.seq,
-            reserve=tuple((r.job, r.key) for r in request.reserve),
+            reserve=tuple((r.job, r.key, r.nbytes) for r in request.reserve),
             committed=tuple(request.committed),
             aborted=tuple(request.aborted),
             released=tuple(request.released),
@@ -88,14 +84,14 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
             leases_held=request.leases_held,
             jobs_held=request.jobs_held,
         )
-        (answer,) = self._store.apply(event)
-        if isinstance(answer, Refused):
-            return pb.UpdateReply(refused=WHY_TO_WIRE[answer.why])
-        assert isinstance(answer, Updated)
+        (updated,) = self._store.apply(event)
+        if isinstance(updated, Refused):
+            return pb.UpdateReply(refused=WHY_TO_WIRE[updated.why])
+        assert isinstance(updated, Updated)
         return pb.UpdateReply(
             grants=[
                 pb.Grant(slot=_slot(grant)) if isinstance(grant, Slot) else pb.Grant(why=WHY_TO_WIRE[grant])
-                for grant in answer.grants
+                for grant in updated.grants
             ]
         )
 
@@ -123,7 +119,11 @@ def _invalid(request: pb.OpenRequest) -> tuple[grpc.StatusCode, str] | None:
         )
     if not 0 < len(request.client) <= _CLIENT_NAME_MAX or not request.slot_bytes or not request.workers:
         return _INVALID, "Open needs client, slot_bytes and workers"
-    if request.slot_bytes % ALIGNMENT:  # as of every chunk; a list of all bytes of a segment would not fit
+    if len(request.slot_bytes) > _SIZES_MAX or len(set(request.slot_bytes)) < len(request.slot_bytes):
+        return _INVALID, f"Open.slot_bytes has up to {_SIZES_MAX} sizes that differ"
+    if any(
+        not size or size % ALIGNMENT for size in request.slot_bytes
+    ):  # as of every chunk; a list of all bytes of a segment would not fit
         return _INVALID, f"Open.slot_bytes is a multiple of {ALIGNMENT}"
     return None
 
@@ -140,13 +140,7 @@ async def _refuse(context: Context, code: grpc.StatusCode, why: str) -> NoReturn
 
 
 def _slot(slot: Slot) -> pb.Slot:
-    return pb.Slot(segment=slot.segment, offset=slot.offset)
-
-
-def _split_keys(data: bytes) -> tuple[bytes, ...] | None:
-    if len(data) % KEY_BYTES or len(data) > _KEYS_MAX * KEY_BYTES:
-        return None
-    return tuple(data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES))
+    return pb.Slot(segment=slot.segment, offset=slot.offset, nbytes=slot.nbytes)
 
 
 def _conflicts(config_json: str, held: Config) -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvstrata.controller.side import Hello, receive_message, send_message
+from kvstrata.controller.side import Hello, receive_message, send_message, send_question
 from kvstrata.core.events import (
     ClientGone,
     ClientResumed,
@@ -73,10 +73,15 @@ class SideServer:
         segments: Callable[[], list[tuple[int, int, int]]],
         mode: int,
         gid: int | None,
+        answer: Callable[[str, bytes], bytes],
         hello_deadline_s: float = _HELLO_DEADLINE_S,
         again_s: float = _AGAIN_S,
     ) -> None:
-        """`segments` lists (id, nbytes, descriptor) of what workers should have."""
+        """`segments` lists (id, nbytes, descriptor) of what workers should have.
+
+        `answer` takes a client's name and its question; it raises ValueError if that is none.
+        """
+        self._answer = answer
         self._hello_deadline_s, self._again_s = hello_deadline_s, again_s
         self._path, self._epoch, self._apply, self._segments = path, epoch, apply, segments
         self._mode, self._gid = mode, gid
@@ -210,8 +215,12 @@ class SideServer:
                 if fd != connection.pidfd:
                     os.close(fd)
 
-    def _handle(self, connection: Connection, message: dict[str, Any], fds: list[int]) -> None:
-        if "hello" in message and connection.hello is None:
+    def _handle(self, connection: Connection, message: dict[str, Any] | bytes, fds: list[int]) -> None:
+        if isinstance(message, bytes):
+            if connection.hello is None or connection.worker:
+                raise ValueError("only the scheduler side of an engine asks questions")
+            send_question(connection.sock, self._answer(connection.hello.client, message))
+        elif "hello" in message and connection.hello is None:
             hello = Hello.parse(message["hello"])
             if len(fds) != 1 or "Pid:" not in Path(f"/proc/self/fdinfo/{fds[0]}").read_text():
                 raise ValueError("a hello brings exactly one pidfd")

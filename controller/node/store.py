@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kvstrata.controller.node.questions import answer_packet
 from kvstrata.controller.node.side_server import SideServer
 from kvstrata.controller.paths import RuntimePaths, group_id
 from kvstrata.core.audit import audit
@@ -49,6 +50,7 @@ class NodeStore:
             self._segments,
             mode=0o660 if config.node.group else 0o600,
             gid=gid,
+            answer=lambda client, question: answer_packet(self.apply, client, question),
         )
         self.ending = asyncio.Event()
         self._growth: asyncio.Task[None] | None = None

@@ -156,7 +156,7 @@ class Engine:
         self.segments: list[SegmentMap] = [
             worker_segments(config.node, name, rank) for rank in range(workers)
         ]
-        self.client = NodeClient(config, name, slot_bytes, workers, notify=self.troubles.append)
+        self.client = NodeClient(config, name, (slot_bytes,), workers, notify=self.troubles.append)
         self.numbers = 0
         self.leases: set[int] = set()
         self.jobs: dict[int, bytes] = {}

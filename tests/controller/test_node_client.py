@@ -73,7 +73,7 @@ def test_a_store_that_cannot_be_started_is_said_once(runtime_dir: Path, engines:
 
 @pytest.mark.parametrize("after_s", [0.0, 0.3])
 def test_close_does_not_wait_for_a_store_that_never_comes(config: Config, after_s: float) -> None:
-    client = NodeClient(config, "engine", SLOT, 1, notify=lambda text: None)
+    client = NodeClient(config, "engine", (SLOT,), 1, notify=lambda text: None)
     time.sleep(after_s)
     started = time.monotonic()
     client.close()
@@ -152,7 +152,7 @@ def test_the_scheduler_side_asks_again_whatever_the_welcome_was(
     config: Config, fake_side: StartFake, data: bytes
 ) -> None:
     fake = fake_side(says(data))
-    client = NodeClient(config, "engine", SLOT, 1, notify=lambda text: None)
+    client = NodeClient(config, "engine", (SLOT,), 1, notify=lambda text: None)
     wait_for("a second hello", lambda: fake.hellos >= 2, 1.5)
     assert client.session is None
     client.close()

@@ -171,7 +171,7 @@ def test_an_engine_whose_chunks_do_not_fit_is_told_so(store: RunningStore, engin
 
 
 def opening(client: str = "engine", **change: Any) -> pb.OpenRequest:
-    fields = {"protocol": PROTOCOL, "client": client, "slot_bytes": SLOT, "workers": 1, "version": "0"}
+    fields = {"protocol": PROTOCOL, "client": client, "slot_bytes": [SLOT], "workers": 1, "version": "0"}
     return pb.OpenRequest(**{**fields, **change})
 
 
@@ -186,8 +186,8 @@ BAD_CALLS: list[tuple[str, Any, grpc.StatusCode, str]] = [
     ("Open", opening(protocol=PROTOCOL + 1), grpc.StatusCode.FAILED_PRECONDITION, "speaks protocol 2"),
     ("Open", opening(client=""), grpc.StatusCode.INVALID_ARGUMENT, "needs client"),
     ("Open", opening(client="x" * 257), grpc.StatusCode.INVALID_ARGUMENT, "needs client"),
-    ("Open", opening(slot_bytes=0), grpc.StatusCode.INVALID_ARGUMENT, "slot_bytes"),
-    ("Open", opening(slot_bytes=1), grpc.StatusCode.INVALID_ARGUMENT, "multiple of 4096"),
+    ("Open", opening(slot_bytes=[0]), grpc.StatusCode.INVALID_ARGUMENT, "slot_bytes"),
+    ("Open", opening(slot_bytes=[1]), grpc.StatusCode.INVALID_ARGUMENT, "multiple of 4096"),
     ("Open", opening(workers=0), grpc.StatusCode.INVALID_ARGUMENT, "workers"),
     ("Open", opening("nobody"), grpc.StatusCode.FAILED_PRECONDITION, "after the hello"),
     ("Match", pb.MatchRequest(client="a", seq=1, keys=b"x" * 33), grpc.StatusCode.INVALID_ARGUMENT, "32"),

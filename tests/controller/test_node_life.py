@@ -429,7 +429,7 @@ def test_an_engine_is_told_when_its_store_does_not_start(
     (runtime_dir / "node.log").mkdir()  # the daemon cannot open its log
     told: list[str] = []
     config = config_for(runtime_dir, node={"autostart": True})
-    client = NodeClient(config, "hopeful", 1 << 20, 1, told.append)
+    client = NodeClient(config, "hopeful", (1 << 20,), 1, told.append)
     wait_for("the engine to be told", lambda: told, SECONDS)
     client.close()
     assert "node.log says why" in told[0]

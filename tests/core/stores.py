@@ -97,7 +97,7 @@ class Engine:
         self.jobs: dict[int, bytes] = {}
 
     def open(self) -> list[Action]:
-        return self.store.step(ClientOpened(self.name, self.slot_bytes, self.workers))
+        return self.store.step(ClientOpened(self.name, (self.slot_bytes,), self.workers))
 
     def register_all(self) -> None:
         for segment in list(self.store.planner.slots.segments):
@@ -132,7 +132,7 @@ class Engine:
         for job in (*committed, *aborted):
             self.jobs.pop(job, None)
         self.leases -= set(released)
-        asked = [(next(self.numbers), key(number)) for number in reserve]
+        asked = [(next(self.numbers), key(number), self.slot_bytes) for number in reserve]
         event = Update(
             client=self.name,
             seq=self.seq,
@@ -151,7 +151,7 @@ class Engine:
         assert isinstance(answer, Updated)
         self.jobs |= {
             job: wanted
-            for (job, wanted), grant in zip(asked, answer.grants, strict=True)
+            for (job, wanted, _), grant in zip(asked, answer.grants, strict=True)
             if isinstance(grant, Slot)
         }
         return list(answer.grants)

@@ -226,7 +226,7 @@ class World:
         """Whatever has happened before: what an engine computes in peace it loads when it is asked again."""
         client = self.store.planner.clients[engine.name]
         segments = [self.store.planner.slots.segments[segment] for segment in client.usable]
-        if sum(segment.total for segment in segments if segment.slot_bytes == client.slot_bytes) < 3:
+        if sum(segment.total for segment in segments if segment.slot_bytes in client.slot_sizes) < 3:
             return
         script = [self.random.randrange(1000) for _ in range(3 * CHUNK_TOKENS + 2)]
         before = engine.loaded_tokens

@@ -41,11 +41,11 @@ class OpenRequest(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
-    slot_bytes: int
+    slot_bytes: _containers.RepeatedScalarFieldContainer[int]
     workers: int
     config_json: str
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., workers: _Optional[int] = ..., config_json: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., slot_bytes: _Optional[_Iterable[int]] = ..., workers: _Optional[int] = ..., config_json: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("refused", "store_epoch", "pool_bytes", "version", "conflicts")
@@ -62,12 +62,14 @@ class OpenReply(_message.Message):
     def __init__(self, refused: _Optional[_Union[Why, str]] = ..., store_epoch: _Optional[bytes] = ..., pool_bytes: _Optional[int] = ..., version: _Optional[str] = ..., conflicts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Slot(_message.Message):
-    __slots__ = ("segment", "offset")
+    __slots__ = ("segment", "offset", "nbytes")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
     segment: int
     offset: int
-    def __init__(self, segment: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+    nbytes: int
+    def __init__(self, segment: _Optional[int] = ..., offset: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
     __slots__ = ("client", "seq", "lease", "keys")
@@ -82,22 +84,30 @@ class MatchRequest(_message.Message):
     def __init__(self, client: _Optional[str] = ..., seq: _Optional[int] = ..., lease: _Optional[int] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class MatchReply(_message.Message):
-    __slots__ = ("refused", "slots", "being_written")
+    __slots__ = ("refused", "being_written", "lease", "segments", "offsets", "nbytes")
     REFUSED_FIELD_NUMBER: _ClassVar[int]
-    SLOTS_FIELD_NUMBER: _ClassVar[int]
     BEING_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
     refused: Why
-    slots: _containers.RepeatedCompositeFieldContainer[Slot]
     being_written: bool
-    def __init__(self, refused: _Optional[_Union[Why, str]] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., being_written: bool = ...) -> None: ...
+    lease: int
+    segments: _containers.RepeatedScalarFieldContainer[int]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    nbytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, refused: _Optional[_Union[Why, str]] = ..., being_written: bool = ..., lease: _Optional[int] = ..., segments: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("job", "key")
+    __slots__ = ("job", "key", "nbytes")
     JOB_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
     job: int
     key: bytes
-    def __init__(self, job: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+    nbytes: int
+    def __init__(self, job: _Optional[int] = ..., key: _Optional[bytes] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class UpdateRequest(_message.Message):
     __slots__ = ("client", "seq", "reserve", "committed", "aborted", "released", "corrupt", "used", "leases_held", "jobs_held")
