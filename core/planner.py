@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from kvstrata.core.catalogue import Catalogue, Cause, Entry, State
 from kvstrata.core.events import (
@@ -110,7 +111,7 @@ class Planner:
             case SegmentAdded():
                 self._growing = False
                 self.pool_bytes += event.nbytes
-                self.slots.add(event.segment, event.nbytes, event.slot_bytes)
+                self.slots.add(event.segment, event.nbytes, event.slot_bytes, now)
                 self._added[event.segment] = now
             case SegmentRegistered():
                 self._register(event)
@@ -149,8 +150,8 @@ class Planner:
         if reachable and not entries:
             return [Refused(Why.BUSY)]
         if entries:
-            self.catalogue.hold(entries)
-            self.slots.note_use({entry.slot.segment for entry in entries}, now)
+            self.catalogue.hold(entries, now)
+            self._note_use(entries, now)
             client.leases_believed += 1
             client.leases[event.lease] = Claim(entries, now + self.limits.claim_deadline_s)
             self.counters["hit_chunks"] += len(entries)
@@ -173,7 +174,9 @@ class Planner:
         client = self._heard(event)
         if isinstance(client, Refused):
             return [client]
-        self._hear(client, event)  # also from a client that gets nothing more: reports free what it holds
+        self._hear(
+            client, event, now
+        )  # also from a client that gets nothing more: reports free what it holds
         if why := self._refusal(client):
             return [Updated((why,) * len(event.reserve))]
         growth = self._grow(client.slot_bytes, now) if event.reserve else []
@@ -184,7 +187,7 @@ class Planner:
         growth += self._grow(client.slot_bytes, now) if event.reserve else []
         return [Updated(grants), *growth]
 
-    def _hear(self, client: Client, event: Update) -> None:
+    def _hear(self, client: Client, event: Update, now: float) -> None:
         for job in event.committed:
             if claim := client.jobs.pop(job, None):
                 (entry,) = claim.entries
@@ -207,6 +210,7 @@ class Planner:
                 self.counters["corrupt_chunks"] += 1
         for keys in event.used:
             self.catalogue.touch(client.slot_bytes, keys)
+            self._note_use([used for key in keys if (used := self.catalogue.get(key))], now)
         client.leases_believed, client.jobs_believed = event.leases_held, event.jobs_held
 
     def _reserve(
@@ -218,12 +222,12 @@ class Planner:
         if job in client.jobs:
             return Why.STALE
         slot = self.slots.take(client.slot_bytes, client.usable)
-        if slot is None and next(room, False):
+        while slot is None and next(room, False):
             slot = self.slots.take(client.slot_bytes, client.usable)
         if slot is None:
             self.counters[f"refused_{without.value}"] += 1
             return without
-        entry = self.catalogue.reserve(key, slot)
+        entry = self.catalogue.reserve(key, slot, now)
         self.slots.note_use((slot.segment,), now)
         client.jobs_believed += 1
         client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
@@ -235,11 +239,19 @@ class Planner:
         What another slot size has not used for longer goes first, a whole segment of it: of a model that
         is served no more, say. Victims are looked for once, however much one Update reserves.
         """
-        if self._take_over(client, now):
+        victims = self.catalogue.victims(client.slot_bytes, now, wanted, client.can_reach)
+        has_segments = any(s.slot_bytes == client.slot_bytes for s in self.slots.segments.values())
+        oldest = victims[0].used if victims else -inf if has_segments else inf
+        if self._take_over(client, oldest, now):
             yield True
-        for entry in self.catalogue.victims(client.slot_bytes, now, wanted, client.can_reach):
+        for entry in victims:
             self._evict(entry)
             yield True
+
+    def _note_use(self, entries: Sequence[Entry], now: float) -> None:
+        for entry in entries:
+            entry.used = now
+        self.slots.note_use({entry.slot.segment for entry in entries}, now)
 
     def _evict(self, entry: Entry) -> None:
         self.catalogue.drop(entry)
@@ -266,11 +278,14 @@ class Planner:
             if now < self._added.get(segment.id, now) + _MAPPING_S
         )
 
-    def _take_over(self, client: Client, now: float) -> bool:
-        """Cut a colder segment of another size, if all in it may go, into slots for `client`."""
+    def _take_over(self, client: Client, before: float, now: float) -> bool:
+        """Cut a segment of another size that was not used since `before` into slots for `client`.
+
+        None of what is in it may be in use.
+        """
         if self._growing:
             return False
-        for segment in self.slots.colder_than(client.slot_bytes, client.usable):
+        for segment in self.slots.unused_since(before, client.slot_bytes, client.usable):
             inside = self.catalogue.inside(segment.id)
             if all(entry.may_go(now) for entry in inside):
                 for entry in inside:
