@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -25,7 +26,9 @@ _BESIDE = ("*.py", "*.json")  # code of its own, how it is quantised, which weig
 # network mounts) digests are taken at each start.
 _KEEP_TIMES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay"})
 _READ_AT_ONCE = 16 << 20
-_SETTLED_S = 2.0  # a file changed since then may change again without another time stamp
+# A file changed since then may change again without another time stamp: one that is mapped gets it when the
+# kernel begins to write it back, within half a minute.
+_SETTLED_S = 60.0
 _THREADS_MAX = 8
 
 Signature = tuple[tuple[str, int, int, int, int, int], ...]
@@ -39,10 +42,15 @@ def weight_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    weights = [file for pattern in _WEIGHTS for file in path.glob(pattern)]
+    weights = _files(path, _WEIGHTS)
     if not weights:
         raise UnsupportedModel(f"no weight files in {path}")
-    return sorted(weights + [file for pattern in _BESIDE for file in path.glob(pattern)])
+    return sorted(weights + _files(path, _BESIDE))
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """No folders, pipes, or links to nowhere: the engine reads none of them either."""
+    return [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
 
 
 def signature(files: list[Path]) -> Signature:
@@ -96,8 +104,11 @@ def memory_folder() -> Path:
 
 
 def changed_since(files: list[Path], moment: float) -> list[str]:
-    """Names of the files that were changed after `moment` (seconds since the epoch)."""
-    return [one[0] for one in signature(files) if max(one[-2:]) / 1e9 > moment]
+    """Names of the files that were changed after `moment` (seconds since the epoch).
+
+    By the time that the kernel notes; the other one anybody can set, to next year even.
+    """
+    return [one[0] for one in signature(files) if one[-1] / 1e9 > moment]
 
 
 def process_start() -> float:

@@ -56,10 +56,11 @@ TRANSITIONS: dict[tuple[State, Cause], State | None] = {
 class Entry:
     """One chunk in one slot. `readers` counts leases; only READY and EVICTING entries have any."""
 
-    __slots__ = ("key", "pin_deadline", "readers", "slot", "state")
+    __slots__ = ("key", "pin_deadline", "readers", "slot", "state", "used")
 
-    def __init__(self, key: bytes, slot: Slot) -> None:
+    def __init__(self, key: bytes, slot: Slot, now: float) -> None:
         self.key = key
+        self.used = now  # when it was written, read or touched last; same clock as the planner's `now`
         self.slot = slot
         self.state = State.RESERVED
         self.readers = 0
@@ -106,11 +107,11 @@ class Catalogue:
             append(entry)
         return found
 
-    def reserve(self, key: bytes, slot: Slot) -> Entry:
+    def reserve(self, key: bytes, slot: Slot, now: float = 0.0) -> Entry:
         """A RESERVED entry for `key` in `slot`. The key must have no visible entry."""
         if key in self._visible:
             raise ValueError(f"chunk {key.hex()[:16]} has an entry")
-        entry = self._visible[key] = Entry(key, slot)
+        entry = self._visible[key] = Entry(key, slot, now)
         self._inside[slot.segment][entry] = None
         return entry
 
@@ -118,7 +119,7 @@ class Catalogue:
         """The entries, in whatever state, that have their slots in `segment`."""
         return list(self._inside.get(segment, ()))
 
-    def hold(self, entries: Sequence[Entry]) -> None:
+    def hold(self, entries: Sequence[Entry], now: float = 0.0) -> None:
         """One more reader on each of `entries`, a prefix in prompt order. Counts as use."""
         for entry in entries:
             if entry.state is not State.READY:
@@ -126,6 +127,7 @@ class Catalogue:
             if not entry.readers:
                 self.bytes_being_read += entry.slot.nbytes
             entry.readers += 1
+            entry.used = now
         keys = [entry.key for entry in entries]
         for slot_bytes in {entry.slot.nbytes for entry in entries}:
             self.touch(slot_bytes, keys)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from kvstrata.core.catalogue import Catalogue, Cause, Entry, State
 from kvstrata.core.events import (
@@ -87,7 +88,7 @@ class Client:
     jobs_believed: int = 0
 
     def can_reach(self, entry: Entry) -> bool:
-        """Whether all its ranks have mapped the entry's segment, and the slot is of a size that it can use."""
+        """Whether all its ranks have mapped the entry's segment, and the slot's size is one of its own."""
         return entry.slot.segment in self.usable and entry.slot.nbytes in self.slot_sizes
 
 
@@ -119,7 +120,7 @@ class Planner:
             case SegmentAdded():
                 self._growing = False
                 self.pool_bytes += event.nbytes
-                self.slots.add(event.segment, event.nbytes, event.slot_bytes)
+                self.slots.add(event.segment, event.nbytes, event.slot_bytes, now)
                 self._added[event.segment] = now
             case SegmentRegistered():
                 self._register(event)
@@ -158,8 +159,8 @@ class Planner:
         if reachable and not entries:
             return [Refused(Why.BUSY)]
         if entries:
-            self.catalogue.hold(entries)
-            self.slots.note_use({entry.slot.segment for entry in entries}, now)
+            self.catalogue.hold(entries, now)
+            self._note_use(entries, now)
             client.leases_believed += 1
             client.leases[event.lease] = Claim(entries, now + self.limits.claim_deadline_s)
             self.counters["hit_chunks"] += len(entries)
@@ -182,7 +183,7 @@ class Planner:
         client = self._heard(event)
         if isinstance(client, Refused):
             return [client]
-        self._hear(client, event)  # also from a client that gets nothing more: reports free what it holds
+        self._hear(client, event, now)  # also one that gets nothing more: its reports free what it holds
         if why := self._refusal(client):
             return [Updated((why,) * len(event.reserve))]
         wanted = Counter(nbytes for _, _, nbytes in event.reserve if nbytes in client.slot_sizes)
@@ -195,7 +196,7 @@ class Planner:
         growth += [action for nbytes in wanted for action in self._grow(nbytes, now)]
         return [Updated(grants), *growth]
 
-    def _hear(self, client: Client, event: Update) -> None:
+    def _hear(self, client: Client, event: Update, now: float) -> None:
         for job in event.committed:
             if claim := client.jobs.pop(job, None):
                 (entry,) = claim.entries
@@ -219,6 +220,7 @@ class Planner:
         for keys in event.used:
             for slot_bytes in client.slot_sizes:
                 self.catalogue.touch(slot_bytes, keys)
+            self._note_use([used for key in keys if (used := self.catalogue.get(key))], now)
         client.leases_believed, client.jobs_believed = event.leases_held, event.jobs_held
 
     def _reserve(self, client: Client, job: int, key: bytes, room: Room, now: float) -> Slot | Why:
@@ -233,7 +235,7 @@ class Planner:
         if slot is None:
             self.counters[f"refused_{room.without.value}"] += 1
             return room.without
-        entry = self.catalogue.reserve(key, slot)
+        entry = self.catalogue.reserve(key, slot, now)
         self.slots.note_use((slot.segment,), now)
         client.jobs_believed += 1
         client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
@@ -250,11 +252,19 @@ class Planner:
         What another slot size has not used for longer goes first, a whole segment of it: of a model that
         is served no more, say. Victims are looked for once, however much one Update reserves.
         """
-        if self._take_over(client, slot_bytes, now):
+        victims = self.catalogue.victims(slot_bytes, now, wanted, client.can_reach)
+        has_segments = any(s.slot_bytes == slot_bytes for s in self.slots.segments.values())
+        oldest = victims[0].used if victims else -inf if has_segments else inf
+        if self._take_over(client, slot_bytes, oldest, now):
             yield True
-        for entry in self.catalogue.victims(slot_bytes, now, wanted, client.can_reach):
+        for entry in victims:
             self._evict(entry)
             yield True
+
+    def _note_use(self, entries: Sequence[Entry], now: float) -> None:
+        for entry in entries:
+            entry.used = now
+        self.slots.note_use({entry.slot.segment for entry in entries}, now)
 
     def _evict(self, entry: Entry) -> None:
         self.catalogue.drop(entry)
@@ -281,11 +291,14 @@ class Planner:
             if now < self._added.get(segment.id, now) + _MAPPING_S
         )
 
-    def _take_over(self, client: Client, slot_bytes: int, now: float) -> bool:
-        """Cut a colder segment of another size, if all in it may go, into slots for `client`."""
+    def _take_over(self, client: Client, slot_bytes: int, before: float, now: float) -> bool:
+        """Cut a segment of another size that was not used since `before` into slots for `client`.
+
+        None of what is in it may be in use.
+        """
         if self._growing:
             return False
-        for segment in self.slots.colder_than(slot_bytes, client.usable):
+        for segment in self.slots.unused_since(before, slot_bytes, client.usable):
             inside = self.catalogue.inside(segment.id)
             if all(entry.may_go(now) for entry in inside):
                 for entry in inside:

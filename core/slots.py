@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from math import inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,10 @@ class SlotAllocator:
     def __init__(self) -> None:
         self.segments: dict[int, Segment] = {}
 
-    def add(self, segment_id: int, nbytes: int, slot_bytes: int) -> None:
+    def add(self, segment_id: int, nbytes: int, slot_bytes: int, now: float = 0.0) -> None:
         if segment_id in self.segments:
             raise ValueError(f"segment {segment_id} exists")
-        self.segments[segment_id] = Segment(segment_id, nbytes, slot_bytes)
+        self.segments[segment_id] = Segment(segment_id, nbytes, slot_bytes, now)
 
     def take(self, slot_bytes: int, allowed: Container[int]) -> Slot | None:
         """A free slot of `slot_bytes` in one of the `allowed` segments, the fullest first."""
@@ -68,20 +67,16 @@ class SlotAllocator:
         for segment in segments:
             self.segments[segment].last_used = now
 
-    def colder_than(self, slot_bytes: int, allowed: Container[int]) -> list[Segment]:
-        """`allowed` segments of other sizes that were used before any of this size was, the coldest first.
-
-        All that could hold such a slot, if no segment is of this size.
-        """
-        oldest = min((s.last_used for s in self.segments.values() if s.slot_bytes == slot_bytes), default=inf)
-        colder = [
+    def unused_since(self, moment: float, slot_bytes: int, allowed: Container[int]) -> list[Segment]:
+        """`allowed` segments of other sizes that can hold `slot_bytes`, the one unused for longest first."""
+        found = [
             segment
             for segment in self.segments.values()
             if segment.slot_bytes != slot_bytes <= segment.nbytes
-            and segment.last_used < oldest
+            and segment.last_used < moment
             and segment.id in allowed
         ]
-        return sorted(colder, key=lambda segment: (segment.last_used, segment.used))
+        return sorted(found, key=lambda segment: (segment.last_used, segment.used))
 
     def give_back(self, slot: Slot) -> None:
         self.segments[slot.segment].free.append(slot.offset // slot.nbytes)

@@ -8,6 +8,7 @@ import vllm
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
 
@@ -74,6 +75,11 @@ def model_settings(config: VllmConfig) -> dict[str, str]:
         for name in names
         if (value := getattr(part, name, None)) is not None
     }
+
+
+def load_inplace(lora: LoRARequest) -> bool:
+    """Whether the adapter replaces the one that the engine has under its id."""
+    return bool(getattr(lora, "load_inplace", False))
 
 
 def release() -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstrata.connector.vllm.compat import calculates_kv_scales, model_settings, release
+from kvstrata.connector.vllm.compat import calculates_kv_scales, load_inplace, model_settings, release
 from kvstrata.connector.weights import (
     Signature,
     changed_since,
@@ -56,6 +56,7 @@ class Identity:
         self._weights.add_done_callback(_say_if_failed)
         self._digest = b""  # of the model, once the weights are known
         self._adapters: dict[tuple[str, str, int], _Adapter] = {}
+        self._paths: dict[int, str] = {}  # of adapters, by the id that the engine knows them by
 
     def wait(self, timeout_s: float) -> None:
         """Give the weights a moment to be read, so that the first requests of a small model are cached."""
@@ -105,6 +106,11 @@ class Identity:
     def _adapter(self, lora: LoRARequest) -> bytes | None:
         """A few stats for each request: vLLM may load the files again whenever it likes."""
         loaded = (lora.lora_name, lora.lora_path, lora.lora_int_id)
+        # The engine goes by the id, and answers with whatever it has loaded under it.
+        if self._paths.setdefault(lora.lora_int_id, lora.lora_path) != lora.lora_path or load_inplace(lora):
+            raise UnsupportedModel(
+                f"adapter {lora.lora_name} was loaded in the place of another one: give it an id of its own"
+            )
         if loaded not in self._adapters:
             try:
                 files = [Path(lora.lora_path), *weight_files(Path(lora.lora_path))]
@@ -178,7 +184,9 @@ def _of_files(vllm_config: VllmConfig) -> Future[bytes]:
     model = vllm_config.model_config
     path = Path(model.model)
     if not path.exists():  # files of a model that was fetched by name are never changed, only replaced
-        path = _downloaded(model.model, model.revision, vllm_config.load_config.download_dir)
+        # The branch may have moved on since the engine read its config.
+        revision = getattr(model.hf_config, "_commit_hash", None) or model.revision
+        path = _downloaded(model.model, revision, vllm_config.load_config.download_dir)
         return start_digest(_weight_files(model.model, path), memory_folder())
     files = _weight_files(model.model, path)
     if changed := changed_since(files, process_start()):

@@ -40,6 +40,7 @@ _ASK_AGAIN_S = 1.0
 _UNANSWERED_MAX = 32  # lookups under way; more would only wait for each other, and Updates for them
 _USED_EVERY = 32  # chunks
 _ALONE_FACTOR = 5  # a step that nobody needs may wait for so many times `client.lookup_wait`
+_KEYS_MAX = 1 << 16  # chunks of a prompt, as many as the store takes in one question
 _PATIENCE_S = 10.0  # an engine with news for a store that went out of reach stays awake for so long
 
 
@@ -113,7 +114,7 @@ class SchedulerConnector:
             return
         lease = next(self._numbers)
         tracked.lookup = self._lookups.ask(lease, session.epoch, tracked.request.request_id, tracked.asked)
-        call = Match(self._client.client, self._client.next_seq(), lease, tuple(keys))
+        call = Match(self._client.client, self._client.next_seq(), lease, tuple(keys[:_KEYS_MAX]))
         self._client.post(session, call)
 
     # --- 2. matched: how many tokens the store can give --------------------------------------
@@ -148,15 +149,17 @@ class SchedulerConnector:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption, or after queueing for a while without a lease.
+        """Whether to ask (again): after a preemption, after queueing for a while without a lease, or with one
+        whose load would have too little time left, e.g. after a pause.
 
         By now the store may have something, may be less busy, or may be there at all.
         """
         if tracked.preemptions < tracked.request.num_preemptions:
             return True
-        if tracked.lookup and tracked.lookup.stage is not LookupStage.OVER:
-            return False
-        return time.monotonic() - tracked.asked > _ASK_AGAIN_S
+        age = time.monotonic() - tracked.asked
+        if tracked.lookup and tracked.lookup.stage is LookupStage.HELD:
+            return age > self._config.load_deadline / 2
+        return age > _ASK_AGAIN_S and not (tracked.lookup and tracked.lookup.stage is LookupStage.ASKED)
 
     def _asked_enough(self) -> bool:
         """Whether the lookups under way are as many as may be, and will be answered soon."""
@@ -220,7 +223,7 @@ class SchedulerConnector:
         self._expire_lookups()
         for save in self._saves.ask_again(time.monotonic()):
             self._outbox.reserve.append(save.reservation)
-        waits = idle and (self._update or self._lookups.leases or self._saves.postponed)
+        waits = idle and (self._update or self._lookups.leases or self._saves.postponed or self._outbox)
         self._collect(self._may_wait() if waits else 0.0)
         loaded = [block for _, load in self._new_loads for chunk in load.chunks for block in chunk.blocks]
         flush = self._flush_overwritten(taken_blocks(output, self._block_tokens) + loaded)

@@ -79,7 +79,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def _serve(config: Config, pool_bytes: int, paths: RuntimePaths, lock: int) -> None:
-    store = NodeStore(config, paths, pool_bytes, lambda: _is_at(lock, paths.lock))
+    def still_ours() -> bool:
+        os.utime(lock)  # whoever tidies /tmp removes what nobody has touched for days
+        return _is_at(lock, paths.lock)
+
+    store = NodeStore(config, paths, pool_bytes, still_ours)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, store.ending.set)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import kvstrata.connector.weights
 from kvstrata.connector.vllm.identity import Identity, _weights
 from kvstrata.connector.weights import (
     _keeps_times,
+    changed_since,
     content_digest,
     process_start,
     start_digest,
@@ -158,12 +160,15 @@ def request(**fields: Any) -> Any:
     return SimpleNamespace(**(plain | fields))
 
 
+_IDS = itertools.count(1)
+
+
 def adapter(folder: Path, seed: int, rank: int = 8) -> Any:
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
     generator = torch.Generator().manual_seed(seed)
     save_file({"lora": torch.randn(rank, 64, generator=generator)}, folder / "adapter_model.safetensors")
-    return SimpleNamespace(lora_name=folder.name, lora_path=str(folder), lora_int_id=1)
+    return SimpleNamespace(lora_name=folder.name, lora_path=str(folder), lora_int_id=next(_IDS))
 
 
 @pytest.fixture
@@ -308,3 +313,40 @@ def test_an_item_whose_name_is_no_hash_of_its_content_is_not_cached(identity: Id
 def test_an_item_named_by_its_content_is_part_of_the_key(identity: Identity, name: str) -> None:
     feature = SimpleNamespace(identifier=name, mm_position=SimpleNamespace(offset=0, length=40))
     assert identity.extras(request(mm_features=[feature]), 256)
+
+
+def test_an_id_that_was_another_adapters_is_not_cached(identity: Identity, tmp_path: Path) -> None:
+    """The engine goes on answering with the one that it has loaded under that id."""
+    first, second = adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 2)
+    second.lora_int_id = first.lora_int_id
+    assert known(identity, request(lora_request=first))
+    with pytest.raises(UnsupportedModel, match="in the place of another one"):
+        identity.namespace(request(lora_request=second))
+    second.lora_int_id = next(_IDS)
+    assert known(identity, request(lora_request=second))
+
+
+def test_an_adapter_loaded_in_place_is_not_cached(identity: Identity, tmp_path: Path) -> None:
+    lora = adapter(tmp_path / "one", 1)
+    lora.load_inplace = True
+    with pytest.raises(UnsupportedModel, match="in the place of another one"):
+        identity.namespace(request(lora_request=lora))
+
+
+def test_what_the_engine_does_not_read_is_not_looked_at(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m")
+    before = content(folder)
+    (folder / "gone.json").symlink_to(tmp_path / "nowhere")
+    (folder / "round.json").symlink_to(folder / "round.json")
+    (folder / "onnx.bin").mkdir()
+    os.mkfifo(folder / "pipe.json")
+    assert content(folder) == before
+
+
+def test_a_date_in_the_future_is_no_change(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m")
+    tomorrow = time.time() + 86_400
+    os.utime(folder / "model.safetensors", (tomorrow, tomorrow))
+    files = weight_files(folder)
+    assert changed_since(files, time.time() + 1) == []
+    assert changed_since(files, 0.0) == ["model.safetensors"]

@@ -144,6 +144,24 @@ def test_a_model_in_use_keeps_its_segments_while_another_reuses_its_own(store: S
         engine.tell(released=tuple(engine.leases))
 
 
+def test_a_hot_model_takes_nothing_from_a_quiet_one_while_its_own_chunks_are_older(
+    store: Store, engine: Engine
+) -> None:
+    """Each of its segments may have a popular chunk in it; what it has not used for longest goes first."""
+    quiet = store.engine("quiet", slot_bytes=2 * SLOT)
+    quiet.save(101)
+    engine.register_all()
+    popular = 1
+    engine.save(popular)
+    for number in range(2, 40):
+        store.tick(1)
+        engine.tell(used=(keys(popular),))
+        engine.save(number)
+        if number % 3 == 0:
+            assert len(quiet.match(101)) == 1
+            quiet.tell(released=tuple(quiet.leases))
+
+
 def test_only_segments_that_the_writer_has_mapped_change_hands(store: Store, engine: Engine) -> None:
     engine.save(*range(1, 5))
     engine.save(*range(5, 9))
