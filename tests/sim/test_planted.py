@@ -77,7 +77,7 @@ class EagerCatalogue(Catalogue):
             found.append(entry)
         return found
 
-    def hold(self, entries: object) -> None:
+    def hold(self, entries: object, now: float = 0.0) -> None:
         for entry in entries:  # type: ignore[attr-defined]
             entry.readers += 1
 
