@@ -43,12 +43,12 @@ def filled_planner(prompts: list[list[bytes]]) -> Planner:
     chunks = sum(map(len, prompts))
     pool = chunks * SLOT_BYTES
     planner = Planner(Limits(pool_bytes=pool, segment_bytes=pool))
-    planner.step(ClientOpened(CLIENT, SLOT_BYTES, workers=1), 0.0)
+    planner.step(ClientOpened(CLIENT, (SLOT_BYTES,), workers=1), 0.0)
     planner.step(SegmentAdded(0, pool, SLOT_BYTES), 0.0)
     planner.step(SegmentRegistered(CLIENT, 0, 0), 0.0)
     for number, keys in enumerate(prompts, start=1):
         jobs = range(number * len(keys), (number + 1) * len(keys))
-        reserve = tuple(zip(jobs, keys, strict=True))
+        reserve = tuple((job, key, SLOT_BYTES) for job, key in zip(jobs, keys, strict=True))
         planner.step(Update(CLIENT, 2 * number, reserve=reserve), 0.0)
         planner.step(Update(CLIENT, 2 * number + 1, committed=tuple(jobs)), 0.0)
     return planner

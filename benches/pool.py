@@ -69,7 +69,7 @@ class Engine:
         session = self._session()
         jobs = range(self._next, self._next + BATCH)
         self._next += BATCH
-        reserve = tuple((job, job.to_bytes(32, "big")) for job in jobs)
+        reserve = tuple((job, job.to_bytes(32, "big"), SLOT_BYTES) for job in jobs)
         answer = self._call(session, reserve=reserve)
         written = []
         for job, grant in zip(jobs, answer.grants, strict=True):

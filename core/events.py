@@ -21,7 +21,7 @@ class ClientOpened:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Find and lease the longest stored prefix of `keys`. `seq` is 0 if nothing can have overtaken it."""
+    """Find and lease the longest stored prefix of `keys`. `seq` is 0 if Updates may have overtaken it."""
 
     client: str
     seq: int

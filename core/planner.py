@@ -39,6 +39,7 @@ from kvstrata.core.policy import POLICIES
 from kvstrata.core.slots import Slot, SlotAllocator
 
 _MAPPING_S = 10.0  # how long an engine may take to map a segment, and to register it with its device
+_GIVEN_UP_MAX = 4096
 _GROWTH_RETRY_S = 30.0  # after a segment could not be made: memory comes and goes
 
 
@@ -82,6 +83,7 @@ class Client:
     stopped: bool = False
     leases: dict[int, Claim] = field(default_factory=dict)
     jobs: dict[int, Claim] = field(default_factory=dict)
+    given_up: dict[int, None] = field(default_factory=dict)  # leases released before they were asked for
     registered: dict[int, set[int]] = field(default_factory=dict)
     usable: set[int] = field(default_factory=set)  # segments that every rank has registered
     leases_believed: int = 0  # what it said to hold at its last update, and what it got since
@@ -148,7 +150,7 @@ class Planner:
             return [client]
         if why := self._refusal(client):
             return [Refused(why)]
-        if event.lease in client.leases:
+        if event.lease in client.leases or event.lease in client.given_up:
             return [Refused(Why.STALE)]
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(event.keys)
@@ -212,6 +214,10 @@ class Planner:
         for lease in event.released:
             if claim := client.leases.pop(lease, None):
                 self._let_go(claim)
+            else:  # the question may still be on its way
+                client.given_up[lease] = None
+                if len(client.given_up) > _GIVEN_UP_MAX:
+                    del client.given_up[next(iter(client.given_up))]
         for key in event.corrupt:
             entry_or_none = self.catalogue.get(key)
             if entry_or_none and entry_or_none.state is State.READY:

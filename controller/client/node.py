@@ -171,7 +171,7 @@ class NodeClient:
 
     def _read_answer(self) -> tuple[Session, Call, Answer] | None:
         with self._lock:
-            data = self._side.answer() if self._side is not None and self._asked else None
+            data = self._side.answer() if self._side is not None else None
             if data is None:
                 return None
             try:
@@ -179,8 +179,7 @@ class NodeClient:
             except DecodeError:
                 reply = pb.MatchReply()
             asked = self._asked.pop(reply.lease, None)
-        if asked is None:
-            log.warning("the node store has answered a question that was not asked")
+        if asked is None:  # too late
             return None
         return asked.session, asked.call, _matched(reply)
 
@@ -189,7 +188,7 @@ class NodeClient:
         waiting = select.poll()
         waiting.register(self._news, select.POLLIN)
         with self._lock:
-            if self._side is not None and self._asked:
+            if self._side is not None:
                 waiting.register(self._side.fileno(), select.POLLIN)
         waiting.poll(timeout_s * 1e3)
         with contextlib.suppress(BlockingIOError):
@@ -314,7 +313,8 @@ class NodeClient:
     def _serve(self, stub: node_pb2_grpc.NodeStoreStub, session: Session) -> None:
         while True:
             if self._is_overdue():
-                self._drop_side(bye=False)
+                self._session = None
+                self._lose_questions()
                 raise ConnectionResetError("the node store does not answer questions")
             try:
                 item = self._calls.get(timeout=_IDLE_CHECK_S)
@@ -357,10 +357,15 @@ class NodeClient:
     def _drop_side(self, bye: bool) -> None:
         with self._lock:
             side, self._side = self._side, None
-            lost = list(self._asked.values())
-            self._asked.clear()
             if side is not None:
                 side.close(bye)
+        self._lose_questions()
+
+    def _lose_questions(self) -> None:
+        """Nobody waits for their answers any more. One whose lease is given back gets nothing later."""
+        with self._lock:
+            lost = list(self._asked.values())
+            self._asked.clear()
         for asked in lost:
             self._answered(asked.session, asked.call, Lost())
 

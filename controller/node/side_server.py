@@ -8,6 +8,7 @@ process of the client has exited or said bye.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -219,7 +220,9 @@ class SideServer:
         if isinstance(message, bytes):
             if connection.hello is None or connection.worker:
                 raise ValueError("only the scheduler side of an engine asks questions")
-            send_question(connection.sock, self._answer(connection.hello.client, message))
+            answer = self._answer(connection.hello.client, message)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its bye is still to be read
+                send_question(connection.sock, answer)
         elif "hello" in message and connection.hello is None:
             hello = Hello.parse(message["hello"])
             if len(fds) != 1 or "Pid:" not in Path(f"/proc/self/fdinfo/{fds[0]}").read_text():

@@ -17,7 +17,7 @@ SLOT = Slot(3, 4096, 64)
 
 
 def save(job: int, blocks: tuple[int, ...] = (), epoch: bytes = EPOCH) -> Save:
-    return Save(job, job.to_bytes(32, "little"), blocks or (job,), epoch)
+    return Save(job, job.to_bytes(32, "little"), 4096, blocks or (job,), epoch)
 
 
 def book(*saves: Save) -> SaveBook:
@@ -150,7 +150,9 @@ numbers = st.lists(st.integers(1, 99), max_size=4)
 keys = st.lists(st.binary(min_size=32, max_size=32), max_size=3)
 outboxes = st.builds(
     Outbox,
-    reserve=st.lists(st.tuples(st.integers(1, 99), st.binary(min_size=32, max_size=32)), max_size=4),
+    reserve=st.lists(
+        st.tuples(st.integers(1, 99), st.binary(min_size=32, max_size=32), st.just(4096)), max_size=4
+    ),
     committed=numbers,
     aborted=numbers,
     released=numbers,
@@ -185,7 +187,7 @@ def test_an_update_says_everything_and_empties_the_box(box: Outbox) -> None:
 @given(outboxes, outboxes)
 def test_after_a_lost_update_every_report_is_said_again_before_newer_ones(old: Outbox, new: Outbox) -> None:
     _, committed, aborted, released, corrupt, _ = contents(old)
-    reserved = [job for job, _ in old.reserve]
+    reserved = [job for job, _, _ in old.reserve]
     _, newer_committed, newer_aborted, newer_released, newer_corrupt, newer_used = contents(new)
     box = old
     lost = box.take("engine", 1, 0, 0)
@@ -204,7 +206,7 @@ def test_after_a_lost_update_every_report_is_said_again_before_newer_ones(old: O
 @given(outboxes, st.integers(1, 3))
 @settings(max_examples=50)
 def test_a_message_lost_again_and_again_loses_and_doubles_nothing(box: Outbox, times: int) -> None:
-    reserved, committed = [job for job, _ in box.reserve], list(box.committed)
+    reserved, committed = [job for job, _, _ in box.reserve], list(box.committed)
     aborted, released = list(box.aborted), list(box.released)
     for seq in range(times):
         box.take_back(box.take("engine", seq, 0, 0))
@@ -233,7 +235,7 @@ def test_one_update_tells_of_the_newest_prefixes_and_of_no_more_than_a_message_h
 
 def test_a_save_that_found_the_pool_growing_asks_again_but_not_for_ever() -> None:
     book = SaveBook()
-    book.want(Save(1, b"k" * 32, (7,), b"epoch"))
+    book.want(Save(1, b"k" * 32, 4096, (7,), b"epoch"))
     assert book.postpone(1, 10.0) and not book.postpone(2, 10.0)
     assert [save.job for save in book.ask_again(10.0)] == [1]
     assert not book.postponed
@@ -247,7 +249,7 @@ def test_a_save_that_found_the_pool_growing_asks_again_but_not_for_ever() -> Non
 
 def test_a_postponed_save_whose_blocks_were_taken_asks_no_more() -> None:
     book = SaveBook()
-    book.want(Save(1, b"k" * 32, (7,), b"epoch"))
+    book.want(Save(1, b"k" * 32, 4096, (7,), b"epoch"))
     assert book.postpone(1, 0.0)
     (lost,) = book.overwritten([7])
     book.drop(lost.job)

@@ -74,7 +74,7 @@ def key(number: int) -> bytes:
 
 
 def chunk(number: int, segment: int = 0) -> ChunkCopy:
-    return ChunkCopy(key(number), segment, number * SLOT_BYTES, (number, -1))
+    return ChunkCopy(key(number), segment, number * SLOT_BYTES, SLOT_BYTES, (number, -1))
 
 
 def load(job: int, *numbers: int, expires: float = NEVER, epoch: bytes = EPOCH) -> LoadJob:
@@ -97,7 +97,7 @@ def segments() -> Segments:
 
 @pytest.fixture
 def transfer(copier: Copier, segments: Segments) -> Iterator[Transfer]:
-    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES))
+    transfer = Transfer(HostCopies({SLOT_BYTES: copier}, segments))
     yield transfer
     copier.gate.set()
     transfer.close()
@@ -153,7 +153,7 @@ def test_loads_go_before_saves_and_each_kind_in_its_order(transfer: Transfer, co
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_every_job_is_reported_once(copier: Copier, segments: Segments, threads: int) -> None:
-    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES), [Role.ANY] * threads)
+    transfer = Transfer(HostCopies({SLOT_BYTES: copier}, segments), [Role.ANY] * threads)
     for job in range(0, 300, 3):
         transfer.submit([load(job, job % 7)], [save(job + 1, job % 7), save(job + 2, job % 5)])
         if job % 5 == 0:
@@ -267,7 +267,7 @@ def test_after_a_failure_the_thread_goes_on(transfer: Transfer, copier: Copier) 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_a_copy_raises_the_job_is_reported(copier: Copier, segments: Segments) -> None:
     copier.faults[key(1)] = RuntimeError("the device has gone")
-    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES))
+    transfer = Transfer(HostCopies({SLOT_BYTES: copier}, segments))
     transfer.submit(saves=[save(1, 1), save(2, 2)])
     deadline = time.monotonic() + 0.5
     found: list[Report] = []
@@ -294,7 +294,7 @@ def test_poll_waits_no_longer_than_it_is_told(transfer: Transfer, copier: Copier
 
 
 def test_close_finishes_what_was_begun_and_drops_the_rest(copier: Copier, segments: Segments) -> None:
-    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES))
+    transfer = Transfer(HostCopies({SLOT_BYTES: copier}, segments))
     hold_first(transfer, copier)
     transfer.submit([load(1, 1)], [save(2, 2)])
     closing = threading.Thread(target=transfer.close)
@@ -311,7 +311,7 @@ def test_close_finishes_what_was_begun_and_drops_the_rest(copier: Copier, segmen
 
 
 def test_close_with_nothing_to_do_ends_the_threads(copier: Copier, segments: Segments) -> None:
-    transfer = Transfer(HostCopies(copier, segments, SLOT_BYTES), [Role.ANY] * 3)
+    transfer = Transfer(HostCopies({SLOT_BYTES: copier}, segments), [Role.ANY] * 3)
     transfer.close()
     assert not any(thread.name.startswith("kvstrata-copy") for thread in threading.enumerate())
 

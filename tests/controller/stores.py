@@ -151,7 +151,7 @@ class Engine:
     """An engine without a model: a scheduler side and workers, in the test's process."""
 
     def __init__(self, config: Config, name: str, workers: int = 1, slot_bytes: int = SLOT) -> None:
-        self.name = name
+        self.name, self.slot_bytes = name, slot_bytes
         self.troubles: list[str] = []
         self.segments: list[SegmentMap] = [
             worker_segments(config.node, name, rank) for rank in range(workers)
@@ -199,7 +199,7 @@ class Engine:
             Update(
                 client=self.name,
                 seq=self.client.next_seq(),
-                reserve=tuple(asked.items()),
+                reserve=tuple((job, key, self.slot_bytes) for job, key in asked.items()),
                 committed=tuple(committed),
                 aborted=tuple(aborted),
                 released=tuple(released),

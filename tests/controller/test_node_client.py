@@ -186,12 +186,12 @@ class Stub:
     [
         (Match("engine", 1, 1, ()), pb.MatchReply(refused=99)),
         (Update("engine", 1), pb.UpdateReply(refused=99)),
-        (Update("engine", 1, reserve=((1, key(1)),)), pb.UpdateReply(grants=[pb.Grant(why=99)])),
+        (Update("engine", 1, reserve=((1, key(1), SLOT),)), pb.UpdateReply(grants=[pb.Grant(why=99)])),
     ],
     ids=["match", "update", "grant"],
 )
 def test_a_reason_that_only_a_newer_store_knows_is_a_refusal(call: Match | Update, reply: Any) -> None:
-    answer = _send(Stub(reply), call, SLOT, 1.0)  # type: ignore[arg-type]
+    answer = _send(Stub(reply), call, 1.0)  # type: ignore[arg-type]
     assert isinstance(answer, Refused | Updated)
 
 

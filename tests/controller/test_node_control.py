@@ -20,7 +20,7 @@ from kvstrata.controller.node.launch import start_node
 from kvstrata.controller.side import PROTOCOL as SIDE_PROTOCOL
 from kvstrata.controller.wire import PROTOCOL, WHY_TO_WIRE, why_from_wire
 from kvstrata.core.errors import NodeUnavailable
-from kvstrata.core.events import Matched, Refused, Why
+from kvstrata.core.events import Matched, Why
 from kvstrata.protos.kvstrata.v1 import node_pb2 as pb
 from tests.controller.stores import SLOT, Engine, RunningStore, config_for, key, wait_for
 
@@ -75,9 +75,10 @@ def test_every_reason_survives_the_wire(store: RunningStore, engine: Engine) -> 
     engine.reserve(key(10))
     assert engine.update(reserve=[key(10)]) == [Why.EXISTS]
     said, engine.client._seq = engine.client._seq, 0
-    assert engine.match(key(1)) == Refused(Why.STALE)
     assert engine.update() == [Why.STALE]
     engine.client._seq = said
+    late = store.call("Match", pb.MatchRequest(client=engine.name, seq=1, lease=999, keys=key(1)))
+    assert late.refused == pb.WHY_STALE
 
 
 def test_numbers_as_large_as_the_wire_carries_are_fine(engine: Engine) -> None:
@@ -312,7 +313,7 @@ def test_what_is_no_message_is_refused(node_store: Callable[..., RunningStore]) 
 @pytest.mark.parametrize("client", ["nobody", "", "x" * 10_000])
 def test_an_unknown_client_gets_nothing(store: RunningStore, client: str) -> None:
     match = store.call("Match", pb.MatchRequest(client=client, seq=1, lease=1, keys=key(1)))
-    assert (match.refused, list(match.slots)) == (pb.WHY_UNKNOWN_CLIENT, [])
+    assert (match.refused, list(match.segments)) == (pb.WHY_UNKNOWN_CLIENT, [])
     update = pb.UpdateRequest(client=client, seq=1, reserve=[pb.Reservation(job=1, key=key(1))])
     answer = store.call("Update", update)
     assert (answer.refused, list(answer.grants)) == (pb.WHY_UNKNOWN_CLIENT, [])

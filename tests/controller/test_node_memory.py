@@ -158,7 +158,7 @@ def test_whatever_kept_the_pool_from_growing_is_logged_and_it_is_tried_again(
     async def scenario() -> NodeStore:
         store = NodeStore(config_for(runtime_dir), RuntimePaths(runtime_dir), 8 * MIB)
         store.pool.make_segment = fail  # type: ignore[method-assign]
-        store.apply(ClientOpened("engine", SLOT, 1))
+        store.apply(ClientOpened("engine", (SLOT,), 1))
         assert store._growth is not None
         await asyncio.wait([store._growth])
         await asyncio.sleep(0)  # for the callback that logs
@@ -169,4 +169,4 @@ def test_whatever_kept_the_pool_from_growing_is_logged_and_it_is_tried_again(
     assert str(error) in caplog.text
     assert ("Traceback" in caplog.text) is isinstance(error, RuntimeError)
     later = time.monotonic() + 31
-    assert store.planner.step(ClientOpened("engine", SLOT, 1), later) == [GrowPool(4 * MIB, SLOT)]
+    assert store.planner.step(ClientOpened("engine", (SLOT,), 1), later) == [GrowPool(4 * MIB, SLOT)]

@@ -141,7 +141,9 @@ def test_a_foreign_protocol_is_refused_with_both_versions(protocol: Any) -> None
 
 async def strangers(path: Path) -> None:
     """One process that says nothing and one that says hello, at a server that waits for 0.2 s."""
-    server = SideServer(path, bytes(8), lambda event: None, list, 0o600, None, hello_deadline_s=0.2)
+    server = SideServer(
+        path, bytes(8), lambda event: None, list, 0o600, None, lambda *_: b"", hello_deadline_s=0.2
+    )
     server.start()
     silent, polite = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
     pidfd = os.pidfd_open(os.getpid())

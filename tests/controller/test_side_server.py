@@ -16,8 +16,21 @@ import pytest
 from kvstrata.controller.node.side_server import SideServer
 from kvstrata.controller.node.store import NodeStore
 from kvstrata.controller.paths import RuntimePaths
-from kvstrata.controller.side import PROTOCOL, receive_message, send_message
-from kvstrata.core.events import ClientResumed, ClientStopped, Event, SegmentRegistered, WorkerDisconnected
+from kvstrata.controller.side import (
+    MAX_MESSAGE,
+    PROTOCOL,
+    receive_message,
+    send_message,
+    send_question,
+)
+from kvstrata.core.events import (
+    ClientGone,
+    ClientResumed,
+    ClientStopped,
+    Event,
+    SegmentRegistered,
+    WorkerDisconnected,
+)
 from tests.controller.stores import MIB, config_for
 
 AGAIN_S = 0.1
@@ -40,7 +53,7 @@ class Process:
     def say(self, message: dict[str, Any]) -> None:
         send_message(self.sock, message)
 
-    def take(self) -> dict[str, Any] | None:
+    def take(self) -> Any:
         """The next message, if one is there."""
         try:
             received = receive_message(self.sock)
@@ -52,7 +65,7 @@ class Process:
             os.close(fd)
         return message
 
-    async def next(self) -> dict[str, Any]:
+    async def next(self) -> Any:
         while (message := self.take()) is None:
             await asyncio.sleep(0.01)
         return message
@@ -72,7 +85,12 @@ class Process:
 async def serving(
     path: Path, events: list[Event], segments: list[tuple[int, int, int]]
 ) -> AsyncIterator[SideServer]:
-    server = SideServer(path, bytes(8), events.append, lambda: segments, 0o600, None, again_s=AGAIN_S)
+    def answer(client: str, question: bytes) -> bytes:
+        if question == b"nonsense":
+            raise ValueError("not a question")
+        return client.encode() + b" asked " + question
+
+    server = SideServer(path, bytes(8), events.append, lambda: segments, 0o600, None, answer, again_s=AGAIN_S)
     server.start()
     try:
         yield server
@@ -217,3 +235,48 @@ def test_what_a_broken_connection_still_says_does_not_count_for_the_new_one(path
             back.sock.close()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("role", ["scheduler", "worker"])
+def test_only_the_scheduler_side_asks_questions(path: Path, role: str) -> None:
+    async def run() -> None:
+        async with serving(path, [], []):
+            process = Process(path, role)
+            await process.next()  # the welcome
+            send_question(process.sock, b"what is there?")
+            if role == "worker":
+                assert await process.hung_up()
+                return
+            assert await process.next() == b"engine asked what is there?"
+            process.sock.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("question", [b"nonsense", b"x" * (MAX_MESSAGE + 1)], ids=["nonsense", "too long"])
+def test_what_is_no_question_ends_the_connection(path: Path, question: bytes) -> None:
+    async def run() -> None:
+        async with serving(path, [], []):
+            process = Process(path, "scheduler")
+            await process.next()
+            send_question(process.sock, question)
+            assert await process.hung_up()
+
+    asyncio.run(run())
+
+
+def test_a_bye_behind_a_question_is_heard_though_nobody_takes_the_answer(path: Path) -> None:
+    events: list[Event] = []
+
+    async def run() -> None:
+        async with serving(path, events, []) as server:
+            process = Process(path, "scheduler")
+            await process.next()
+            send_question(process.sock, b"what is there?")
+            process.say({"bye": True})
+            process.sock.close()
+            while server.connections.get(NAME):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert ClientGone(NAME) in events

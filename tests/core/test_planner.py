@@ -247,8 +247,8 @@ def test_the_pool_grows_to_its_limit_and_no_further() -> None:
 
 def test_one_segment_is_asked_for_at_a_time() -> None:
     planner = Planner(Limits(8 * SLOT, 4 * SLOT))
-    assert planner.step(ClientOpened("one", SLOT, 1), 0) == [GrowPool(4 * SLOT, SLOT)]
-    assert planner.step(ClientOpened("two", SLOT, 1), 0) == []
+    assert planner.step(ClientOpened("one", (SLOT,), 1), 0) == [GrowPool(4 * SLOT, SLOT)]
+    assert planner.step(ClientOpened("two", (SLOT,), 1), 0) == []
 
 
 def test_a_host_without_memory_is_asked_again_after_a_while(store: Store) -> None:
@@ -431,9 +431,9 @@ def test_an_overtaken_call_is_refused_whole(store: Store, engine: Engine) -> Non
     lease = last(engine.leases)
     engine.seq += 5
     engine.tell()
-    for seq in (engine.seq, engine.seq - 1, 0):
+    for seq in (engine.seq, engine.seq - 1, 1):
         late_match = Match(engine.name, seq, 100, keys(1))
-        late_update = Update(engine.name, seq, reserve=((101, key(2)),), released=(lease,))
+        late_update = Update(engine.name, seq, reserve=((101, key(2), SLOT),), released=(lease,))
         assert store.step(late_match) == [Refused(Why.STALE)]
         assert store.step(late_update) == [Refused(Why.STALE)]
     client = store.planner.clients[engine.name]
@@ -443,7 +443,7 @@ def test_an_overtaken_call_is_refused_whole(store: Store, engine: Engine) -> Non
 
 def test_a_stranger_gets_nothing(store: Store) -> None:
     assert store.step(Match("stranger", 1, 1, keys(1))) == [Refused(Why.UNKNOWN_CLIENT)]
-    assert store.step(Update("stranger", 1, reserve=((1, key(1)),))) == [Refused(Why.UNKNOWN_CLIENT)]
+    assert store.step(Update("stranger", 1, reserve=((1, key(1), SLOT),))) == [Refused(Why.UNKNOWN_CLIENT)]
     assert store.step(SegmentRegistered("stranger", 0, 0)) == []
 
 
@@ -452,7 +452,7 @@ def test_an_engine_gives_back_by_number_what_a_lost_answer_granted(store: Store,
     engine.seq += 1
     store.step(Match(engine.name, engine.seq, 500, keys(1)))
     engine.seq += 1
-    (answer,) = store.step(Update(engine.name, engine.seq, reserve=((501, key(2)),), leases_held=1))
+    (answer,) = store.step(Update(engine.name, engine.seq, reserve=((501, key(2), SLOT),), leases_held=1))
     assert isinstance(answer, Updated)
     engine.tell(aborted=(501,), released=(500,))
     assert store.free + 1 == store.total
@@ -467,7 +467,7 @@ def test_a_lease_number_used_twice_loses_no_slot(store: Store, engine: Engine) -
 
 
 def test_a_job_number_used_twice_loses_no_slot(store: Store, engine: Engine) -> None:
-    reserve = ((77, key(1)), (77, key(2)))
+    reserve = ((77, key(1), SLOT), (77, key(2), SLOT))
     store.planner.step(Update(engine.name, engine.seq + 1, reserve=reserve), 0)
     engine.die()
     assert audit(store.planner) == []

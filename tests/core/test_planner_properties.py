@@ -6,6 +6,7 @@ which key's bytes are in it. The planner never sees the ledger.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ from tests.core.stores import SLOT, key
 
 DEADLINE = 10.0
 NAMES = ("a", "b", "c")
-SIZES = {"a": SLOT, "b": SLOT, "c": 2 * SLOT}  # c shares the pool with the others, but reads none of theirs
+SIZES = {"a": (SLOT,), "b": (SLOT, 2 * SLOT), "c": (2 * SLOT,)}  # a and c read none of each other's
 RANKS = {"a": 1, "b": 2, "c": 1}
 
 chosen = st.integers(0, 1_000)  # picks one of what there is
@@ -132,7 +133,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(name=names)
     def open(self, name: str) -> None:
         answers = self.step(ClientOpened(name, SIZES[name], RANKS[name]))
-        if self.planner.limits.pool_bytes < SIZES[name]:
+        if self.planner.limits.pool_bytes < SIZES[name][0]:
             assert answers == [Refused(Why.POOL_TOO_SMALL)]
             return
         assert answers == []
@@ -254,7 +255,8 @@ class PlannerMachine(RuleBasedStateMachine):
         corrupt: Sequence[bytes] = (),
     ) -> None:
         life = self.lives.get(name, Life())
-        reserve = [(self.number(), key(each)) for each in prompt]
+        sizes = itertools.cycle(SIZES[name])
+        reserve = [(self.number(), key(each), next(sizes)) for each in prompt]
         jobs, ended = self.jobs(name), {*committed, *aborted}
         event = Update(
             client=name,
@@ -264,7 +266,7 @@ class PlannerMachine(RuleBasedStateMachine):
             aborted=(*aborted, *committed, 10**6),
             released=(*released, 10**6),
             corrupt=tuple(corrupt),
-            used=(tuple(each for _, each in reserve),),
+            used=(tuple(each for _, each, _ in reserve),),
             leases_held=len(life.held) - len(jobs) - len(released),
             jobs_held=len(jobs) - len(ended),
         )
@@ -284,14 +286,14 @@ class PlannerMachine(RuleBasedStateMachine):
         assert isinstance(answer, Updated)
         self.take_grants(name, reserve, answer)
 
-    def take_grants(self, name: str, reserve: list[tuple[int, bytes]], answer: Updated) -> None:
+    def take_grants(self, name: str, reserve: list[tuple[int, bytes, int]], answer: Updated) -> None:
         life = self.lives[name]
-        for (job, wanted), grant in zip(reserve, answer.grants, strict=True):
+        for (job, wanted, nbytes), grant in zip(reserve, answer.grants, strict=True):
             if not isinstance(grant, Slot):
                 continue
             assert not life.stopped
             assert self.usable(name, grant)
-            assert grant.nbytes == SIZES[name]
+            assert grant.nbytes == nbytes
             assert self.holders(grant) == [], "granted what a live claim may touch"
             self.bytes = {slot: held for slot, held in self.bytes.items() if not overlap(slot, grant)}
             life.held[job] = Held([grant], [wanted], self.now, job=True)

@@ -55,8 +55,8 @@ class FreesAtDisconnect(Planner):
 class ForgetsReaders(Planner):
     """An evicted chunk's slot is free at once, whoever reads it."""
 
-    def _make_room(self, client: Client, wanted: int, now: float) -> Iterator[bool]:
-        for key in list(self.catalogue._orders[client.slot_bytes].victims()):
+    def _make_room(self, client: Client, slot_bytes: int, wanted: int, now: float) -> Iterator[bool]:
+        for key in list(self.catalogue._orders[slot_bytes].victims()):
             entry = self.catalogue._visible[key]
             if client.can_reach(entry):
                 self.catalogue.move(entry, Cause.DROP)
