@@ -175,7 +175,7 @@ class Outbox:
             self.reserve or self.committed or self.aborted or self.released or self.corrupt or self.used
         )
 
-    def take(self, client: str, seq: int, leases_held: int, jobs_held: int) -> Update:
+    def take(self, client: str, seq: int, leases_held: int, jobs_held: int, drawn: int) -> Update:
         """An Update with everything in here; the box is empty afterwards."""
         update = Update(
             client=client,
@@ -188,6 +188,7 @@ class Outbox:
             used=tuple(self._newest_used())[::-1],
             leases_held=leases_held,
             jobs_held=jobs_held,
+            drawn=drawn,
         )
         self.clear()
         return update

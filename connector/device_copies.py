@@ -6,14 +6,31 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvstrata.connector.host_copies import Segments
 from kvstrata.connector.jobs import ChunkCopy, Fence, LoadJob, Report, SaveJob
 from kvstrata.controller.client import MappedSegment
-from kvstrata.cuda_ext.device import REGISTERED_AT_ONCE, Chunk, DeviceError, DeviceLibrary, DevicePipe
+from kvstrata.core.errors import UnsupportedModel
+from kvstrata.core.layout import ChunkLayout
+from kvstrata.cuda_ext.device import (
+    REGISTERED_AT_ONCE,
+    Chunk,
+    DeviceError,
+    DeviceLibrary,
+    DevicePipe,
+    load_device_library,
+)
+from kvstrata.cuda_ext.native import EngineCache
 
 log = logging.getLogger("kvstrata.transfer")
+
+_ADVICE = {  # by cudaError_t
+    2: ": lower client.staging, or vLLM's --gpu-memory-utilization",
+    35: ": the driver is older than the CUDA that kvstrata was built with; update it",
+    100: ": is a GPU visible to this process (CUDA_VISIBLE_DEVICES)?",
+    209: ": kvstrata was built for other GPUs; build it with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native",
+}
 
 
 class DeviceCopies:
@@ -50,7 +67,7 @@ class DeviceCopies:
         log.error("stored chunk %s refused: %s", key.hex()[:16], mismatch)
         return Report(job.job, ok=False, failed_from=done, corrupt=key)
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None) -> list[Report]:
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
         started = time.monotonic()
         reports = {job.job: Report(job.job, ok=False) for job in jobs}
         with contextlib.ExitStack() as held:
@@ -60,7 +77,7 @@ class DeviceCopies:
                 for address in self._map(held, job.epoch, [job.chunk]).values()
             ]
             try:
-                outcome = self._saves.save([chunk for _, chunk in begun], _event(after))
+                outcome = self._saves.save([chunk for _, chunk in begun], _event(after), read)
             except (DeviceError, ValueError):
                 log.exception("save of %d chunks failed", len(begun))
                 return list(reports.values())
@@ -71,8 +88,11 @@ class DeviceCopies:
             report.nbytes, report.seconds = (job.chunk.nbytes if report.ok else 0), seconds
         return list(reports.values())
 
+    def hold(self, stream: int) -> None:
+        """`stream`: a cudaStream_t. Raises DeviceError."""
+        self._saves.hold(stream)
+
     def close(self) -> None:
-        """Give the staging memory back. No job runs any more."""
         self._loads.close()
         self._saves.close()
 
@@ -88,6 +108,28 @@ class DeviceCopies:
             if mapping is not None:
                 addresses[segment] = mapping.address
         return addresses
+
+
+def open_pipes(
+    layout: ChunkLayout, cache: EngineCache, device: int, staging_bytes: int
+) -> tuple[DeviceLibrary, DevicePipe, DevicePipe]:
+    """The library, a pipe for loads and one for saves.
+
+    Raises:
+        UnsupportedModel: they cannot be had; the message says what to change.
+    """
+    library = load_device_library()
+    try:
+        loads, saves = (
+            DevicePipe(layout, cache, device, staging_bytes, gathers, library) for gathers in (False, True)
+        )
+    except DeviceError as error:
+        raise UnsupportedModel(
+            f"kvstrata cannot copy on this GPU: {error}{_ADVICE.get(error.code, '')}"
+        ) from error
+    except ValueError as error:
+        raise UnsupportedModel(f"kvstrata cannot copy this engine's KV cache: {error}") from error
+    return library, loads, saves
 
 
 def _event(after: Fence | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -61,8 +61,14 @@ class HostCopies:
         nbytes = sum(chunk.nbytes for chunk in job.chunks)
         return Report(job.job, ok=True, nbytes=nbytes, seconds=time.monotonic() - started)
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None) -> list[Report]:
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
         return [self._save(job) for job in jobs]
+
+    def hold(self, stream: int) -> None:
+        """There is no device: what has not been read is not done."""
+
+    def close(self) -> None:
+        """Nothing was taken."""
 
     def _save(self, job: SaveJob) -> Report:
         started = time.monotonic()

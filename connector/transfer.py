@@ -10,7 +10,7 @@ import enum
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +22,16 @@ class Copies(Protocol):
 
     def load(self, job: LoadJob, after: Fence | None) -> Report: ...
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None) -> list[Report]:
-        """One report for each job, in their order."""
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
+        """One report for each job, in their order. `read`: for copies that `hold` knows of; see there."""
+        ...
+
+    def hold(self, stream: int) -> None:
+        """Make the engine's device stream wait until the saves that have called `read` have read blocks."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was taken. No job runs any more."""
         ...
 
 
@@ -50,13 +58,21 @@ class Transfer:
         copies: carries jobs out, GIL released.
         threads: what each thread does.
         saves_at_once: a thread takes so many saves together.
+        flushes_itself: whether `flush` copies on the calling thread, or leaves it to those for saves.
     """
 
-    def __init__(self, copies: Copies, threads: Sequence[Role] = (Role.ANY,), saves_at_once: int = 1) -> None:
-        self._copies, self._saves_at_once = copies, saves_at_once
+    def __init__(
+        self,
+        copies: Copies,
+        threads: Sequence[Role] = (Role.ANY,),
+        saves_at_once: int = 1,
+        flushes_itself: bool = True,
+    ) -> None:
+        self._copies, self._saves_at_once, self._flushes_itself = copies, saves_at_once, flushes_itself
         self._loads: deque[Queued] = deque()
         self._saves: dict[int, Queued] = {}
         self._running: set[int] = set()
+        self._unread: set[int] = set()  # saves that run and still read their blocks
         self._reports: list[Report] = []
         self._closing = False
         self._changed = threading.Condition()
@@ -74,15 +90,24 @@ class Transfer:
             self._changed.notify_all()
 
     def flush(self, jobs: Iterable[int]) -> None:
-        """Return when the copies of these saves are done: their blocks are about to be overwritten."""
+        """Return when these saves have read their blocks (see `Copies.hold`), which are to be overwritten."""
         wanted = set(jobs)
+        if not wanted:
+            return
         with self._changed:
-            mine = [self._saves.pop(job) for job in wanted if job in self._saves]
-            self._running.update(queued.job.job for queued in mine)
-        if mine:
-            self._run(mine)
+            first = {job: queued for job, queued in self._saves.items() if job in wanted}
+            if self._flushes_itself:
+                for job in first:
+                    del self._saves[job]
+                self._running |= first.keys()
+                self._unread |= first.keys()
+            else:
+                self._saves = first | self._saves
+                self._changed.notify_all()
+        if first and self._flushes_itself:
+            self._run(list(first.values()))
         with self._changed:
-            while wanted & self._running:
+            while wanted & (self._unread | self._saves.keys()):
                 self._changed.wait()
 
     def poll(self, wait_s: float = 0.0) -> list[Report]:
@@ -100,6 +125,7 @@ class Transfer:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._copies.close()
 
     # --- the threads -------------------------------------------------------------------------
 
@@ -131,7 +157,10 @@ class Transfer:
                     batch = [self._saves.pop(job) for job in jobs]
                     break
                 self._changed.wait()
-            self._running.update(queued.job.job for queued in batch)
+            begun = {queued.job.job for queued in batch}
+            self._running |= begun
+            if isinstance(batch[0].job, SaveJob):
+                self._unread |= begun
             return batch
 
     def _run(self, batch: Sequence[Queued]) -> None:
@@ -143,9 +172,16 @@ class Transfer:
             if isinstance(load, LoadJob):
                 reports = [self._copies.load(load, after)]
             else:
-                reports = self._copies.save([q.job for q in batch if isinstance(q.job, SaveJob)], after)
+                saves = [queued.job for queued in batch if isinstance(queued.job, SaveJob)]
+                reports = self._copies.save(saves, after, lambda: self._have_read(batch))
         finally:
+            self._have_read(batch)
             with self._changed:
                 self._running.difference_update(queued.job.job for queued in batch)
                 self._reports += reports
                 self._changed.notify_all()
+
+    def _have_read(self, batch: Sequence[Queued]) -> None:
+        with self._changed:
+            self._unread.difference_update(queued.job.job for queued in batch)
+            self._changed.notify_all()

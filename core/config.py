@@ -74,6 +74,8 @@ class ClientConfig:
         30.0, least=0.1, most=90.0
     )  # from match to the last byte; what is not begun by then is recomputed
     copy_threads: int = _count(1, most=64)  # each keeps one core busy while it copies
+    packing: str = _choice("auto", "auto", "on", "off")  # bf16 in 12 bits, exactly; "auto": on GPUs
+    staging: int = _size(64 << 20, least=1 << 20)  # bytes of a GPU's memory, for each direction
     save: bool = True  # write computed chunks
     load: bool = True  # read stored chunks
 

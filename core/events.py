@@ -43,6 +43,7 @@ class Update:
     used: tuple[tuple[bytes, ...], ...] = ()  # prefixes of finished requests, for the policy
     leases_held: int = 0  # what the client believes, after this update
     jobs_held: int = 0
+    drawn: int = (1 << 63) - 1  # last number drawn by then: leases of later ones may exist, too
 
 
 @dataclass(frozen=True, slots=True)

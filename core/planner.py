@@ -227,7 +227,8 @@ class Planner:
             for slot_bytes in client.slot_sizes:
                 self.catalogue.touch(slot_bytes, keys)
             self._note_use([used for key in keys if (used := self.catalogue.get(key))], now)
-        client.leases_believed, client.jobs_believed = event.leases_held, event.jobs_held
+        later = sum(lease > event.drawn for lease in client.leases)
+        client.leases_believed, client.jobs_believed = event.leases_held + later, event.jobs_held
 
     def _reserve(self, client: Client, job: int, key: bytes, room: Room, now: float) -> Slot | Why:
         """A slot for `key`, made free if need be."""

@@ -34,14 +34,18 @@ from kvstrata.cuda_ext.native import (
 LIBRARY_NAME = "_kvstrata_cuda.so"
 BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
 CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
-STAGING_BYTES = 64 << 20  # a pipe; smaller pieces disturb the engine less and use the link worse
+STAGING_BYTES = 64 << 20  # a pipe: pieces of a quarter; smaller ones disturb less and use the link worse
 REGISTERED_AT_ONCE = 64 << 20  # KVS_REGISTERED_AT_ONCE
 _ALL_GOOD = -1
 _OTHER_CHUNK = -1  # KVS_OTHER_CHUNK, in the place of an error
 
 
 class DeviceError(KVStrataError):
-    """CUDA refused something; the message is CUDA's."""
+    """CUDA refused something; the message is CUDA's. `code`: a cudaError_t."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"CUDA error {code}: {text}")
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,7 @@ class DeviceLibrary:
 
     def check(self, error: int) -> None:
         if error:
-            raise DeviceError(f"CUDA error {error}: {self.native.kvs_cuda_error(error).decode()}")
+            raise DeviceError(error, self.native.kvs_cuda_error(error).decode())
 
 
 class DevicePipe:

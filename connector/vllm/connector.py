@@ -54,7 +54,9 @@ class KVStrataConnector(KVConnectorBase_V1):
         config = load_config(vllm_config)
         refuse_unsupported(vllm_config)
         # A link to a GPU is worth packing for; a copy in host memory costs more packed than it saves.
-        codec = CODEC_PACKED if vllm_config.device_config.device_type == "cuda" else CODEC_RAW
+        on_gpu = vllm_config.device_config.device_type == "cuda"
+        packs = config.client.packing == "on" or (config.client.packing == "auto" and on_gpu)
+        codec = CODEC_PACKED if packs else CODEC_RAW
         layout = chunk_layout(kv_cache_config, config.chunk.tokens, codec=codec).ways[0]
         block_tokens = single_group(kv_cache_config).kv_cache_spec.block_size
         client = instance_id(vllm_config)

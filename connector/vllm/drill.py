@@ -5,7 +5,7 @@ Never serve with these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -22,8 +22,14 @@ class _ZeroedLoads:
     def __init__(self, copies: Copies, caches: Mapping[str, torch.Tensor]) -> None:
         self._copies, self._caches = copies, caches
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None) -> list[Report]:
-        return self._copies.save(jobs, after)
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
+        return self._copies.save(jobs, after, read)
+
+    def hold(self, stream: int) -> None:
+        self._copies.hold(stream)
+
+    def close(self) -> None:
+        self._copies.close()
 
     def load(self, job: LoadJob, after: Fence | None) -> Report:
         report = self._copies.load(job, after)

@@ -459,17 +459,15 @@ class SchedulerConnector:
 
     def _send_update(self) -> None:
         session = self._client.session
-        if session is None or self._update is not None or not self._outbox or not self._in_reach():
+        if session is None or self._update or not self._outbox or not self._in_reach():
             return
         leases, jobs = self._held()
-        self._update = self._outbox.take(self._client.client, self._client.next_seq(), leases, jobs)
+        client, seq, drawn = self._client.client, self._client.next_seq(), next(self._numbers)
+        self._update = self._outbox.take(client, seq, leases, jobs, drawn)
         self._client.post(session, self._update)
 
     def _held(self) -> tuple[int, int]:
-        """Leases and jobs that the store may have on its books after this update, what it grants in it apart.
-
-        Lookups without an answer count: the store may have leased already.
-        """
+        """Leases and jobs that the store may have on its books, for lookups without an answer too."""
         leases = self._lookups.leases + sum(
             loading.epoch == self._epoch for loading in self._loading.values()
         )

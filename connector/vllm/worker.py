@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvstrata.connector.device_copies import DeviceCopies, DeviceRegistration
+from kvstrata.connector.device_copies import DeviceCopies, DeviceRegistration, open_pipes
 from kvstrata.connector.host_copies import HostCopies
 from kvstrata.connector.jobs import Fence, LoadJob, Report
 from kvstrata.connector.transfer import Copies, Role, Transfer
@@ -21,13 +21,13 @@ from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import SegmentMap, worker_segments
 from kvstrata.core.config import Config
 from kvstrata.core.layout import ChunkLayout
-from kvstrata.cuda_ext.device import STAGING_BYTES, DevicePipe, load_device_library
+from kvstrata.core.units import format_size
 from kvstrata.cuda_ext.native import CopyEngine, EngineCache
 
 log = logging.getLogger("kvstrata.vllm")
 
 _IDLE_WAIT_S = 0.001
-_SAVES_AT_ONCE = 16
+_SAVES_AT_ONCE = 4  # a flush waits for so many that are on their way
 
 
 class WorkerConnector:
@@ -45,6 +45,7 @@ class WorkerConnector:
         self._client, self._rank = client, rank
         self._segments: SegmentMap | None = None
         self._transfer: Transfer | None = None
+        self._copies: Copies | None = None
         self._device = torch.device("cpu")
         self._loads: dict[int, tuple[str, LoadJob]] = {}
         self._done = WorkDone()
@@ -60,11 +61,12 @@ class WorkerConnector:
         cache = engine_cache(self._layout, caches, layers, self._block_tokens)
         self._device = next(iter(caches.values())).device
         copies = self.make_copies(cache, caches)
+        self._copies = copies
         if self._device.type == "cpu":
-            threads, at_once = [Role.ANY] * self._config.client.copy_threads, 1
-        else:  # the second thread for loads has the next job ready while the first waits for its last bytes
-            threads, at_once = [Role.LOADS, Role.LOADS, Role.SAVES], _SAVES_AT_ONCE
-        self._transfer = Transfer(copies, threads, at_once)
+            self._transfer = Transfer(copies, [Role.ANY] * self._config.client.copy_threads)
+        else:  # each second thread has the next job ready while the first waits for its last bytes
+            threads = [Role.LOADS, Role.LOADS, Role.SAVES, Role.SAVES]
+            self._transfer = Transfer(copies, threads, _SAVES_AT_ONCE, flushes_itself=False)
 
     def make_copies(self, cache: EngineCache, caches: Mapping[str, torch.Tensor]) -> Copies:
         """What moves chunks between the engine's cache and slots."""
@@ -72,10 +74,13 @@ class WorkerConnector:
         if self._device.type == "cpu":
             self._segments = worker_segments(node, self._client, self._rank)
             return HostCopies({way.slot_bytes: CopyEngine(way, cache) for way in ways}, self._segments)
-        library, device = load_device_library(), self._device.index or 0
-        loads, saves = (
-            DevicePipe(self._layout, cache, device, STAGING_BYTES, gathers, library)
-            for gathers in (False, True)
+        device, staging = self._device.index or 0, self._config.client.staging
+        library, loads, saves = open_pipes(self._layout, cache, device, staging)
+        log.info(
+            "kvstrata: copies by %s through %s of staging memory each way, KV stored %.2f times smaller",
+            torch.cuda.get_device_name(device),
+            format_size(staging),
+            ways[-1].slot_bytes / ways[0].slot_bytes,
         )
         registration = DeviceRegistration(library, device)
         self._segments = worker_segments(node, self._client, self._rank, registration)
@@ -89,6 +94,11 @@ class WorkerConnector:
         event.record()
         return Fence(event.cuda_event, event)
 
+    def _hold(self) -> None:
+        """The device does nothing more for the engine before flushed saves have read their blocks."""
+        if self._copies is not None and self._device.type == "cuda":
+            self._copies.hold(torch.cuda.current_stream(self._device).cuda_stream)
+
     def before_step(self, work: StepWork) -> None:
         """Start copies; wait for saves whose blocks this step, or a load, overwrites.
 
@@ -97,11 +107,14 @@ class WorkerConnector:
         """
         if self._transfer is None:
             return
-        fence = self._fence() if work.saves or work.loads else None
-        self._transfer.submit(saves=work.saves, after=fence)
-        self._transfer.flush(work.flush)
-        self._loads.update((load.job, (request_id, load)) for request_id, load in work.loads)
-        self._transfer.submit(loads=[load for _, load in work.loads], after=fence)
+        if work.saves:
+            self._transfer.submit(saves=work.saves, after=self._fence())
+        if work.flush:
+            self._transfer.flush(work.flush)
+            self._hold()
+        if work.loads:
+            self._loads.update((load.job, (request_id, load)) for request_id, load in work.loads)
+            self._transfer.submit(loads=[load for _, load in work.loads], after=self._fence())
 
     def finished_loads(self, work: StepWork) -> set[str]:
         """Requests whose load has ended, well or not."""

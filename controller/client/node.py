@@ -423,4 +423,5 @@ def _update_request(call: Update) -> pb.UpdateRequest:
         used=[b"".join(keys) for keys in call.used],
         leases_held=call.leases_held,
         jobs_held=call.jobs_held,
+        drawn=call.drawn,
     )

@@ -83,6 +83,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
             used=tuple(prefix for prefix in used if prefix is not None),
             leases_held=request.leases_held,
             jobs_held=request.jobs_held,
+            drawn=request.drawn,
         )
         (updated,) = self._store.apply(event)
         if isinstance(updated, Refused):

@@ -176,7 +176,7 @@ def contents(box: Outbox) -> tuple[object, ...]:
 def test_an_update_says_everything_and_empties_the_box(box: Outbox) -> None:
     before = contents(box)
     full = bool(box)
-    update = box.take("engine", 7, leases_held=2, jobs_held=3)
+    update = box.take("engine", 7, leases_held=2, jobs_held=3, drawn=9)
     said = (update.reserve, update.committed, update.aborted, update.released, update.corrupt, update.used)
     assert tuple(map(list, said)) == before
     assert (update.client, update.seq, update.leases_held, update.jobs_held) == ("engine", 7, 2, 3)
@@ -190,7 +190,7 @@ def test_after_a_lost_update_every_report_is_said_again_before_newer_ones(old: O
     reserved = [job for job, _, _ in old.reserve]
     _, newer_committed, newer_aborted, newer_released, newer_corrupt, newer_used = contents(new)
     box = old
-    lost = box.take("engine", 1, 0, 0)
+    lost = box.take("engine", 1, 0, 0, 0)
     box.reserve, box.committed, box.aborted = list(new.reserve), list(new.committed), list(new.aborted)
     box.released, box.corrupt = list(new.released), list(new.corrupt)
     box.used = deque(new.used)
@@ -209,7 +209,7 @@ def test_a_message_lost_again_and_again_loses_and_doubles_nothing(box: Outbox, t
     reserved, committed = [job for job, _, _ in box.reserve], list(box.committed)
     aborted, released = list(box.aborted), list(box.released)
     for seq in range(times):
-        box.take_back(box.take("engine", seq, 0, 0))
+        box.take_back(box.take("engine", seq, 0, 0, 0))
     assert (box.committed, box.released) == (committed, released)
     assert box.aborted == aborted + reserved
     assert box.reserve == []
@@ -227,7 +227,7 @@ def test_one_update_tells_of_the_newest_prefixes_and_of_no_more_than_a_message_h
     prefixes = [tuple(bytes([i, j // 256, j % 256]) for j in range(8000)) for i in range(100)]
     box.used.extend(prefixes)
     assert len(box.used) == 64  # nor does it grow while nobody listens
-    used = box.take("engine", 1, 0, 0).used
+    used = box.take("engine", 1, 0, 0, 0).used
     assert used[1:] == tuple(prefixes[-4:])
     assert used[0] == prefixes[-5][:768]
     assert sum(map(len, used)) == 32768

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -332,3 +332,62 @@ def test_whatever_a_flushed_copy_raises_its_job_is_reported(transfer: Transfer, 
     flushing.join(timeout=SOON_S)
     found = [*transfer.poll(0.2), *transfer.poll(0.2)]
     assert {report.job: report.ok for report in found} == {100: True, 1: False}
+
+
+class EarlyReader:
+    """Copies as a device makes them: blocks are read long before their bytes are in the slot."""
+
+    def __init__(self) -> None:
+        self.read, self.written = threading.Event(), threading.Event()
+        self.order: list[int] = []
+        self.held: list[int] = []
+
+    def load(self, job: LoadJob, after: object) -> Report:
+        raise AssertionError("nothing is loaded here")
+
+    def save(self, jobs: Sequence[SaveJob], after: object, read: Callable[[], None]) -> list[Report]:
+        self.order += [job.job for job in jobs]
+        assert self.read.wait(SOON_S)
+        read()
+        assert self.written.wait(SOON_S)
+        return [Report(job.job, ok=True) for job in jobs]
+
+    def hold(self, stream: int) -> None:
+        self.held.append(stream)
+
+    def close(self) -> None: ...
+
+
+def test_a_flush_waits_until_blocks_are_read_not_until_they_are_stored() -> None:
+    copies = EarlyReader()
+    transfer = Transfer(copies, [Role.SAVES, Role.SAVES], 1, flushes_itself=False)
+    transfer.submit(saves=[save(number, number) for number in range(1, 5)])
+    flushed = threading.Event()
+    while len(copies.order) < 2:  # both threads have begun
+        time.sleep(0.001)
+
+    def flush() -> None:
+        transfer.flush([4])
+        flushed.set()
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    assert not flushed.wait(0.1)
+    copies.read.set()
+    assert not flushed.wait(0.1), "both threads still write what they have read before"
+    copies.written.set()
+    assert flushed.wait(SOON_S)
+    thread.join()
+    transfer.close()
+    assert copies.order.index(4) <= 2, "what is flushed goes before what is not"
+
+
+def test_a_flush_of_what_has_been_read_returns_at_once() -> None:
+    copies = EarlyReader()
+    copies.read.set()
+    transfer = Transfer(copies, [Role.SAVES], 4, flushes_itself=False)
+    transfer.submit(saves=[save(number, number) for number in range(1, 4)])
+    transfer.flush([1, 2, 3])
+    assert transfer.poll() == []
+    copies.written.set()
+    transfer.close()

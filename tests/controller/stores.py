@@ -206,6 +206,7 @@ class Engine:
                 corrupt=tuple(corrupt),
                 leases_held=len(self.leases),
                 jobs_held=len(self.jobs),
+                drawn=self.numbers,
             )
         )
         if isinstance(answer, Refused):

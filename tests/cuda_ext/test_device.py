@@ -273,6 +273,7 @@ class TestRefusals:
         with pytest.raises(DeviceError, match="out of memory"):
             DevicePipe(layout, EngineCache(16, 10, views), 0, 1 << 30, True, device)
         del hog
+        torch.cuda.empty_cache()
 
     def test_blocks_that_no_strides_describe(self, device: DeviceLibrary) -> None:
         case = case_of(layout_of(2, (8, 8), "bfloat16", 8), [engines.packed_pairs], 4, 3)

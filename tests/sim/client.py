@@ -1,4 +1,4 @@
-"""The scheduler side's way to the store: one call at a time, a deadline, `Lost` instead of an error.
+"""The scheduler side's way to the store: Updates one at a time with a deadline, questions beside them.
 
 A model of `kvstrata.controller.client.NodeClient`, with its face and the clock of the simulation. What
 the real one does on a thread happens here while the scheduler side waits, or just looks.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvstrata.controller.client import Answer, Call, Lost, Session
@@ -34,6 +35,9 @@ class SimClient:
         self._store: SimStore | None = None
         self._calls: deque[tuple[Session, Call]] = deque()
         self._waiting: object | None = None  # of the call that is under way
+        self._questions: dict[int, tuple[Session, Match, float]] = {}  # by lease: when asked
+        self._connection = object()  # another one after each hello
+        self._arrival = 0.0  # of the last question at the store: they come in order
         self._connect()
         self._process.later(1.0, self._check_side)
 
@@ -49,6 +53,9 @@ class SimClient:
         return self._seq
 
     def post(self, session: Session, call: Call) -> None:
+        if isinstance(call, Match):
+            self._ask(session, call)
+            return
         self._calls.append((session, call))
         self._send_next()
 
@@ -66,7 +73,7 @@ class SimClient:
     def settled(self) -> bool:
         """Connected to the store that is running, with no call under way."""
         connected = self._session is not None and self._session.epoch == self._engine.world.store.epoch
-        return connected and self._waiting is None and not self._calls
+        return connected and self._waiting is None and not self._calls and not self._questions
 
     def side_broke(self) -> None:
         """The store has closed the connection; an idle client notices within a second."""
@@ -77,8 +84,9 @@ class SimClient:
     def _connect(self) -> None:
         store = self._engine.world.store
         if self._store is not store:
+            self._lose_questions()
             store.hello(self._engine, SCHEDULER)
-            self._store = store
+            self._store, self._connection = store, object()
         self._request(
             lambda: store.open(self._engine), lambda opened: self._opened(store, opened), self._lost
         )
@@ -99,9 +107,44 @@ class SimClient:
 
     def _check_side(self) -> None:
         alive = self._store is not None and self._store.alive
-        if not alive and self._session is not None and self._waiting is None:
+        oldest = next(iter(self._questions.values()), None)
+        overdue = oldest is not None and self._process.clock.now - oldest[2] > CALL_DEADLINE_S
+        if not alive or overdue:
+            self._lose_questions()
+        if (not alive or overdue) and self._session is not None and self._waiting is None:
             self._lost()
         self._process.later(1.0, self._check_side)
+
+    # --- questions: in order, lost only with their connection ---------------------------------
+
+    def _ask(self, session: Session, call: Match) -> None:
+        clock, store, connection = self._process.clock, self._store, self._connection
+        if store is None or store.epoch != session.epoch:
+            self._answers.append((session, call, Lost()))
+            return
+        self._questions[call.lease] = session, call, clock.now
+        luck = clock.random.random() if self._engine.world.network.faulty else 1.0
+        slowest = 2.5 if luck < 0.01 else 0.2 if luck < 0.05 else 5e-4
+        self._arrival = max(self._arrival, clock.now + clock.random.uniform(5e-5, slowest))
+
+        def deliver() -> None:
+            if store.alive and store.hears(self._engine.name, SCHEDULER) and connection is self._connection:
+                answer = _only(store.apply(replace(call, seq=0)))
+                clock.after(
+                    clock.random.uniform(5e-5, 5e-4), lambda: self._process.run(lambda: arrived(answer))
+                )
+
+        def arrived(answer: object) -> None:
+            if self._questions.pop(call.lease, None) is not None:
+                self._answers.append((session, call, answer))  # type: ignore[arg-type]
+
+        clock.after(self._arrival - clock.now, lambda: store.run(deliver))
+
+    def _lose_questions(self) -> None:
+        self._engine.world.seen["lost_matches"] += len(self._questions)
+        for session, call, _ in self._questions.values():
+            self._answers.append((session, call, Lost()))
+        self._questions.clear()
 
     # --- calls -------------------------------------------------------------------------------
 
@@ -123,7 +166,7 @@ class SimClient:
 
         def lost() -> None:
             self._answers.append((session, call, Lost()))
-            self._engine.world.seen["lost_matches" if isinstance(call, Match) else "lost_updates"] += 1
+            self._engine.world.seen["lost_updates"] += 1
             self._lost()
 
         self._request(lambda: _only(store.apply(call)), answered, lost)

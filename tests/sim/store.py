@@ -108,6 +108,10 @@ class SimStore(Process):
             self.apply(ClientResumed(engine.name))
         self.offer_segments()
 
+    def hears(self, name: str, rank: int) -> bool:
+        """Whether that connection is open."""
+        return self._connections.get(name, {}).get(rank, False)
+
     def hang_up(self, name: str, rank: int) -> bool:
         """One connection breaks, its process lives. False: there is none."""
         if not self._connections.get(name, {}).get(rank):

@@ -110,7 +110,7 @@ class Reservation(_message.Message):
     def __init__(self, job: _Optional[int] = ..., key: _Optional[bytes] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class UpdateRequest(_message.Message):
-    __slots__ = ("client", "seq", "reserve", "committed", "aborted", "released", "corrupt", "used", "leases_held", "jobs_held")
+    __slots__ = ("client", "seq", "reserve", "committed", "aborted", "released", "corrupt", "used", "leases_held", "jobs_held", "drawn")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class UpdateRequest(_message.Message):
     USED_FIELD_NUMBER: _ClassVar[int]
     LEASES_HELD_FIELD_NUMBER: _ClassVar[int]
     JOBS_HELD_FIELD_NUMBER: _ClassVar[int]
+    DRAWN_FIELD_NUMBER: _ClassVar[int]
     client: str
     seq: int
     reserve: _containers.RepeatedCompositeFieldContainer[Reservation]
@@ -131,7 +132,8 @@ class UpdateRequest(_message.Message):
     used: _containers.RepeatedScalarFieldContainer[bytes]
     leases_held: int
     jobs_held: int
-    def __init__(self, client: _Optional[str] = ..., seq: _Optional[int] = ..., reserve: _Optional[_Iterable[_Union[Reservation, _Mapping]]] = ..., committed: _Optional[_Iterable[int]] = ..., aborted: _Optional[_Iterable[int]] = ..., released: _Optional[_Iterable[int]] = ..., corrupt: _Optional[_Iterable[bytes]] = ..., used: _Optional[_Iterable[bytes]] = ..., leases_held: _Optional[int] = ..., jobs_held: _Optional[int] = ...) -> None: ...
+    drawn: int
+    def __init__(self, client: _Optional[str] = ..., seq: _Optional[int] = ..., reserve: _Optional[_Iterable[_Union[Reservation, _Mapping]]] = ..., committed: _Optional[_Iterable[int]] = ..., aborted: _Optional[_Iterable[int]] = ..., released: _Optional[_Iterable[int]] = ..., corrupt: _Optional[_Iterable[bytes]] = ..., used: _Optional[_Iterable[bytes]] = ..., leases_held: _Optional[int] = ..., jobs_held: _Optional[int] = ..., drawn: _Optional[int] = ...) -> None: ...
 
 class Grant(_message.Message):
     __slots__ = ("slot", "why")
