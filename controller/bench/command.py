@@ -82,7 +82,7 @@ def _serve(options: argparse.Namespace) -> int:
     outcome = serve.run(plan, pcie, serve.say)
     made = serve.figures(plan, outcome)
     flags = "" if options.kv_dtype == "auto" else f" --kv-dtype {options.kv_dtype}"
-    command = f"kvstrata bench serve --runner {options.runner}{flags}"
+    command = f"kvstrata bench serve --runner {options.runner}{flags} --arms {' '.join(outcome.arms)}"
     name = f"serve_{options.runner}" + ("" if options.kv_dtype == "auto" else f"_{options.kv_dtype}")
     _tell(name, command, made, dataclasses.asdict(outcome), options)
     wrong = [figure.name for figure in made if figure.met is False and figure.goal == "== true"]
