@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import vllm
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
@@ -75,6 +75,12 @@ def model_settings(config: VllmConfig) -> dict[str, str]:
         for name in names
         if (value := getattr(part, name, None)) is not None
     }
+
+
+def fetched_revision(model: ModelConfig) -> str | None:
+    """The commit that the model's config came from, where transformers says so, or what was asked for."""
+    commit: str | None = getattr(model.hf_config, "_commit_hash", None)
+    return commit or model.revision
 
 
 def load_inplace(lora: LoRARequest) -> bool:

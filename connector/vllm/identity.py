@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstrata.connector.vllm.compat import calculates_kv_scales, load_inplace, model_settings, release
+from kvstrata.connector.vllm.compat import (
+    calculates_kv_scales,
+    fetched_revision,
+    load_inplace,
+    model_settings,
+    release,
+)
 from kvstrata.connector.weights import (
     Signature,
     changed_since,
@@ -185,8 +191,7 @@ def _of_files(vllm_config: VllmConfig) -> Future[bytes]:
     path = Path(model.model)
     if not path.exists():  # files of a model that was fetched by name are never changed, only replaced
         # The branch may have moved on since the engine read its config.
-        revision = getattr(model.hf_config, "_commit_hash", None) or model.revision
-        path = _downloaded(model.model, revision, vllm_config.load_config.download_dir)
+        path = _downloaded(model.model, fetched_revision(model), vllm_config.load_config.download_dir)
         return start_digest(_weight_files(model.model, path), memory_folder())
     files = _weight_files(model.model, path)
     if changed := changed_since(files, process_start()):

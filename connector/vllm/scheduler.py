@@ -149,17 +149,20 @@ class SchedulerConnector:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption, after queueing for a while without a lease, or with one
-        whose load would have too little time left, e.g. after a pause.
-
-        By now the store may have something, may be less busy, or may be there at all.
+        """Whether to ask (again): after a preemption; after queueing for a while without all that it wants, as
+        the store may have more by now; with a lease whose load would have too little time left.
         """
         if tracked.preemptions < tracked.request.num_preemptions:
             return True
-        age = time.monotonic() - tracked.asked
-        if tracked.lookup and tracked.lookup.stage is LookupStage.HELD:
-            return age > self._config.load_deadline / 2
-        return age > _ASK_AGAIN_S and not (tracked.lookup and tracked.lookup.stage is LookupStage.ASKED)
+        lookup, age = tracked.lookup, time.monotonic() - tracked.asked
+        if lookup is None or lookup.stage is LookupStage.OVER:
+            return age > _ASK_AGAIN_S
+        if lookup.stage is LookupStage.ASKED:
+            return False
+        has_all = len(lookup.slots) == len(tracked.chain.keys)
+        return age > self._config.load_deadline / 2 or (
+            age > _ASK_AGAIN_S and not has_all and self._in_reach()  # or it would lose what it has
+        )
 
     def _asked_enough(self) -> bool:
         """Whether the lookups under way are as many as may be, and will be answered soon."""
