@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvstrata.vllm")
 
-_EXPIRY_EVERY_S = 1.0
 _ASK_AGAIN_S = 1.0
 _UNANSWERED_MAX = 32  # lookups under way; more would only wait for each other, and Updates for them
 _USED_EVERY = 32  # chunks
@@ -61,7 +60,6 @@ class SchedulerConnector:
         self._tracked: dict[str, Tracked] = {}
         self._loading: dict[int, Loading] = {}
         self._lookups = LookupBook()
-        self._next_expiry = 0.0
         self._saves = SaveBook()
         self._outbox = Outbox()
         self._update: Update | None = None  # the one that is under way
@@ -149,8 +147,8 @@ class SchedulerConnector:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption; after queueing for a while without all that it wants, as
-        the store may have more by now; with a lease whose load would have too little time left.
+        """Whether to ask (again): after a preemption; after queueing for a while without all it wants, as the
+        store may have more by now; with a lease whose load would have too little time left.
         """
         if tracked.preemptions < tracked.request.num_preemptions:
             return True
@@ -432,11 +430,7 @@ class SchedulerConnector:
 
     def _expire_lookups(self) -> None:
         """Give back what queued requests have held for half of a load's time; they will ask again."""
-        now = time.monotonic()
-        if now < self._next_expiry:
-            return
-        self._next_expiry = now + _EXPIRY_EVERY_S
-        for lookup in self._lookups.held_since(now - self._config.load_deadline / 2):
+        for lookup in self._lookups.held_since(time.monotonic() - self._config.load_deadline / 2):
             self._end(lookup)
 
     def _follow(self, epoch: bytes | None) -> None:
