@@ -229,7 +229,8 @@ def figures(plan: Plan, outcome: Outcome) -> list[Figure]:
     made: list[Figure] = []
 
     def add(name: str, value: float | bool, unit: str = "", goal: str | None = None) -> None:
-        made.append(Figure(f"{prefix}.{name}", round(value, 4), unit, goal))
+        shown = value if isinstance(value, bool) else round(value, 4)
+        made.append(Figure(f"{prefix}.{name}", shown, unit, goal))
 
     for name in (*LENGTHS, *UNALIGNED):
         length = ours.lengths[name]

@@ -10,10 +10,11 @@ from tests.e2e.harness import CHUNK, EngineProcess, Host, same, tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-CHUNKS = 5
+CHUNKS = 3
 DOCUMENT = tokens(71, CHUNKS * CHUNK)
 QUESTION = DOCUMENT + tokens(72, 30)
 BF16 = {"dtype": "bfloat16"}
+POOL = {"host": {"segment_size": "16MiB"}}  # several, as there are two sizes of slots
 PICKY = {"kv_connector": "MisfitsConnector", "kv_connector_module_path": "misfits"}
 
 
@@ -30,7 +31,7 @@ def test_packed_or_not_a_hit_is_a_hit(host: Host) -> None:
         plain.ask(DOCUMENT + tokens(73, 5))
         (right,) = plain.ask(QUESTION)
         assert right["cached"] == CHUNKS * CHUNK
-    with host.engine(extra={"client": {"packing": "on"}}, transfer=PICKY, **BF16) as picky:
+    with host.engine(extra=POOL | {"client": {"packing": "on"}}, transfer=PICKY, **BF16) as picky:
         picky.ask(DOCUMENT + tokens(74, 9))
         picky.do("settle")
         found = answer(picky)
@@ -39,7 +40,7 @@ def test_packed_or_not_a_hit_is_a_hit(host: Host) -> None:
     assert counters["unpackable_chunks"] >= 1, "no chunk was odd: take another document"
     assert counters["saved_chunks"] > counters["unpackable_chunks"], "no chunk was even"
     for packing in ("on", "off"):
-        with host.engine(extra={"client": {"packing": packing}}, **BF16) as other:
+        with host.engine(extra=POOL | {"client": {"packing": packing}}, **BF16) as other:
             found = answer(other)
             assert found["cached"] == CHUNKS * CHUNK and same([found], [right])
             assert other.do("counters")["loaded_tokens"] == CHUNKS * CHUNK
