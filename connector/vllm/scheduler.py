@@ -147,8 +147,8 @@ class SchedulerConnector:
         return tokens, True
 
     def _outdated(self, tracked: Tracked) -> bool:
-        """Whether to ask (again): after a preemption; after queueing for a while without all that it wants, as
-        the store may have more by now; with a lease whose load would have too little time left.
+        """Whether to ask (again): after a preemption; after queueing for a while without all it wants, as the
+        store may have more by now; with a lease whose load would have too little time left.
         """
         if tracked.preemptions < tracked.request.num_preemptions:
             return True
