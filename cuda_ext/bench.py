@@ -220,12 +220,12 @@ class Product:
 def _product(rows: int, inner: int, outer: int, repeats: int) -> Product:
     weights = [torch.randn(inner, outer, device="cuda").bfloat16() for _ in range(WEIGHTS)]
     given = torch.randn(rows, inner, device="cuda").bfloat16()
-    given @ weights[0]
+    torch.matmul(given, weights[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(repeats):
-            given @ weights[i % WEIGHTS]
+            torch.matmul(given, weights[i % WEIGHTS])
     return Product(graph, [given, *weights])
 
 
