@@ -90,7 +90,10 @@ class Engine:
         return session
 
     def _call(
-        self, session: Session, reserve: tuple[tuple[int, bytes, int], ...] = (), committed: tuple[int, ...] = ()
+        self,
+        session: Session,
+        reserve: tuple[tuple[int, bytes, int], ...] = (),
+        committed: tuple[int, ...] = (),
     ) -> Updated:
         seq = self._client.next_seq()
         self._client.post(session, Update(CLIENT, seq, reserve=reserve, committed=committed))
