@@ -49,6 +49,7 @@ class Queued:
 
     job: LoadJob | SaveJob
     after: Fence | None
+    turn: int  # submissions before: what is flushed is taken out of turn
 
 
 class Transfer:
@@ -69,6 +70,7 @@ class Transfer:
         flushes_itself: bool = True,
     ) -> None:
         self._copies, self._saves_at_once, self._flushes_itself = copies, saves_at_once, flushes_itself
+        self._turns = itertools.count()
         self._loads: deque[Queued] = deque()
         self._saves: dict[int, Queued] = {}
         self._running: set[int] = set()
@@ -85,8 +87,9 @@ class Transfer:
     ) -> None:
         """Queue jobs that may begin once `after` has happened; returns at once."""
         with self._changed:
-            self._loads.extend(Queued(load, after) for load in loads)
-            self._saves.update((save.job, Queued(save, after)) for save in saves)
+            turn = next(self._turns)
+            self._loads.extend(Queued(load, after, turn) for load in loads)
+            self._saves.update((save.job, Queued(save, after, turn)) for save in saves)
             self._changed.notify_all()
 
     def flush(self, jobs: Iterable[int]) -> None:
@@ -166,7 +169,7 @@ class Transfer:
     def _run(self, batch: Sequence[Queued]) -> None:
         """Carry out a load, or saves; an error that nobody foresaw fails them, and its thread says so."""
         reports = [Report(queued.job.job, ok=False) for queued in batch]
-        after = batch[-1].after  # engine events follow one another: the last covers all
+        after = max(batch, key=lambda queued: queued.turn).after  # the newest covers those before it
         try:
             load = batch[0].job
             if isinstance(load, LoadJob):

@@ -239,7 +239,9 @@ class SchedulerConnector:
         self._begun.update(output.num_scheduled_tokens)
         for step in scheduled(output):
             if tracked := self._tracked.get(step.request_id):
-                tracked.blocks = step.blocks if step.afresh else tracked.blocks + step.blocks
+                if step.afresh:
+                    tracked.blocks.clear()
+                tracked.blocks += step.blocks
                 self._save_complete(tracked, step.computed)
 
     def _save_complete(self, tracked: Tracked, computed: int) -> None:

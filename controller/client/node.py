@@ -153,6 +153,9 @@ class NodeClient:
         self._closing.set()
         self._calls.put(None)
         self._thread.join(timeout=self._config.client.call_deadline + 2)
+        if not self._thread.is_alive() and self._news >= 0:
+            news, self._news = self._news, -1
+            os.close(news)
 
     # --- questions: on the caller's thread -----------------------------------------------------
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from kvstrata.connector.host_copies import HostCopies
-from kvstrata.connector.jobs import ChunkCopy, LoadJob, Report, SaveJob
+from kvstrata.connector.jobs import ChunkCopy, Fence, LoadJob, Report, SaveJob
 from kvstrata.connector.transfer import Role, Transfer
 from kvstrata.controller.client import MappedSegment
 from kvstrata.cuda_ext.native import ChecksumMismatch
@@ -391,3 +391,30 @@ def test_a_flush_of_what_has_been_read_returns_at_once() -> None:
     assert transfer.poll() == []
     copies.written.set()
     transfer.close()
+
+
+def test_what_is_flushed_out_of_turn_still_waits_for_the_newest_event() -> None:
+    """Or a copy would read a block before the engine has written it."""
+    copies = EarlyReader()
+    seen: list[object] = []
+
+    def save_all(jobs: Sequence[SaveJob], after: object, read: Callable[[], None]) -> list[Report]:
+        seen.append(([job.job for job in jobs], after))
+        copies.written.wait(SOON_S)
+        read()
+        return [Report(job.job, ok=True) for job in jobs]
+
+    copies.save = save_all  # type: ignore[method-assign]
+    transfer = Transfer(copies, [Role.SAVES], 4, flushes_itself=False)
+    transfer.submit(saves=[save(1, 1)], after=Fence(1, None))
+    while not seen:
+        time.sleep(0.001)
+    transfer.submit(saves=[save(2, 2)], after=Fence(2, None))
+    transfer.submit(saves=[save(3, 3)], after=Fence(3, None))
+    thread = threading.Thread(target=transfer.flush, args=([3],))
+    thread.start()
+    time.sleep(0.05)
+    copies.written.set()
+    thread.join()
+    transfer.close()
+    assert seen[1:] == [([3, 2], Fence(3, None))]
