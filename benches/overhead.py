@@ -11,7 +11,9 @@ the pair that caused them. HTTP costs both arms the same and hardly any next to 
 
 Both arms, with all their threads, are bound to one core, and the node store and this client to
 another: whatever the connector does takes time from its own arm's model, which is the worst case.
-Each pair gives a ratio; the figure is the median ratio, its bound comes from resampling the pairs.
+Each pair gives a ratio; the figure is the median ratio. Two processes of one kind can differ by several
+per cent for as long as they live, so servers are started again for each round, and the bound comes from
+resampling the rounds, and the pairs in them.
 """
 
 from __future__ import annotations
@@ -38,9 +40,13 @@ from kvstrata.controller.demo.client import is_healthy
 from kvstrata.controller.demo.engines import Engine, free_port
 from kvstrata.controller.results import Figure
 
+Prompts = Sequence[Sequence[int]]
+Taken = dict[str, list[float]]  # by arm
+
 PORTS = {"plain": free_port(), "kvstrata": free_port()}
 POOL_BYTES = 1 << 30
-PAIRS = 30
+ROUNDS = 6
+PAIRS = 5  # of a round
 WARM_UP_PAIRS = 2
 VOCABULARY = 48_000
 
@@ -74,8 +80,8 @@ def command(model: Path, arm: str, node: Node) -> list[str]:
 
 
 @contextmanager
-def servers(model: Path, node: Node, core: int) -> Iterator[None]:
-    """Both arms on `core`, ready to be asked."""
+def servers(model: Path, node: Node, core: int, order: Sequence[str]) -> Iterator[None]:
+    """Both arms on `core`, started in this order, ready to be asked."""
     environment = {name: value for name, value in os.environ.items() if name != "KVSTRATA_CONFIG"}
     environment |= {
         "VLLM_CPU_OMP_THREADS_BIND": str(core),
@@ -90,7 +96,7 @@ def servers(model: Path, node: Node, core: int) -> Iterator[None]:
     arms: list[Engine] = []
     try:
         os.sched_setaffinity(0, {core})  # inherited by every thread of theirs
-        for arm, port in PORTS.items():
+        for arm in order:
             log = folder / f"{arm}.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(
@@ -100,7 +106,7 @@ def servers(model: Path, node: Node, core: int) -> Iterator[None]:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            arms.append(Engine(arm, port, log, process))
+            arms.append(Engine(arm, PORTS[arm], log, process))
         os.sched_setaffinity(0, ours)
         wait_ready(arms)
         yield
@@ -119,7 +125,7 @@ def wait_ready(arms: Sequence[Engine]) -> None:
             time.sleep(0.5)
 
 
-def ask(arm: str, prompts: Sequence[Sequence[int]], answer_tokens: int) -> float:
+def ask(arm: str, prompts: Prompts, answer_tokens: int) -> float:
     """Stream the answers to all `prompts` to their end; return the seconds to the first token."""
     body = {
         "model": "bench",
@@ -145,11 +151,11 @@ def ask(arm: str, prompts: Sequence[Sequence[int]], answer_tokens: int) -> float
     return first
 
 
-def ttft_s(arm: str, prompts: Sequence[Sequence[int]]) -> float:
+def ttft_s(arm: str, prompts: Prompts) -> float:
     return ask(arm, prompts, TTFT_ANSWER_TOKENS)
 
 
-def tokens_per_s(arm: str, prompts: Sequence[Sequence[int]]) -> float:
+def tokens_per_s(arm: str, prompts: Prompts) -> float:
     """Prompt and answer tokens of one batch, until its last answer has ended."""
     began = time.perf_counter()
     ask(arm, prompts, BATCH_ANSWER_TOKENS)
@@ -158,12 +164,12 @@ def tokens_per_s(arm: str, prompts: Sequence[Sequence[int]]) -> float:
 
 def pairs(
     name: str,
-    measure: Callable[[str, Sequence[Sequence[int]]], float],
-    fresh: Callable[[], Sequence[Sequence[int]]],
+    measure: Callable[[str, Prompts], float],
+    fresh: Callable[[], Prompts],
     count: int,
-) -> dict[str, list[float]]:
+) -> Taken:
     """`count` measurements of each arm, taken in turns, after some that do not count."""
-    taken: dict[str, list[float]] = {arm: [] for arm in PORTS}
+    taken: Taken = {arm: [] for arm in PORTS}
     for number in range(-WARM_UP_PAIRS, count):
         prompts = fresh()
         for arm in list(PORTS) if number % 2 else list(PORTS)[::-1]:
@@ -176,9 +182,14 @@ def pairs(
     return taken
 
 
-def bound(ratios: Sequence[float], share: float, choose: random.Random) -> float:
-    """The `share` quantile of the median ratio, by resampling the pairs."""
-    medians = sorted(statistics.median(choose.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+def bound(rounds: Sequence[Sequence[float]], share: float, choose: random.Random) -> float:
+    """The `share` quantile of the median ratio, by resampling the rounds and their pairs."""
+
+    def resampled() -> float:
+        drawn = choose.choices(rounds, k=len(rounds))
+        return statistics.median(ratio for pairs in drawn for ratio in choose.choices(pairs, k=len(pairs)))
+
+    medians = sorted(resampled() for _ in range(RESAMPLES))
     return medians[min(RESAMPLES - 1, round(share * RESAMPLES))]
 
 
@@ -193,7 +204,8 @@ def check_work(node: Node, taken: int) -> dict[str, int]:
 
 def main() -> None:
     options = parser(__doc__, "overhead")
-    options.add_argument("--pairs", type=int, default=PAIRS)
+    options.add_argument("--rounds", type=int, default=ROUNDS)
+    options.add_argument("--pairs", type=int, default=PAIRS, help="of a round")
     options.add_argument("--model", type=Path, default=REPO / ".cache" / "models" / "smollm2")
     chosen = options.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -201,40 +213,59 @@ def main() -> None:
         raise SystemExit("overhead: two cores are needed, one for the engines and one for the node store")
     choose = random.Random(11)
 
-    def fresh(requests: int, length: int) -> list[list[int]]:
+    def fresh(requests: int, length: int) -> Prompts:
         return [[choose.randrange(1000, VOCABULARY) for _ in range(length)] for _ in range(requests)]
 
+    def fresh_prompt() -> Prompts:
+        return fresh(1, TTFT_PROMPT_TOKENS)
+
+    def fresh_batch() -> Prompts:
+        return fresh(BATCH_REQUESTS, BATCH_PROMPT_TOKENS)
+
     os.sched_setaffinity(0, {cores[1]})  # this client, and the node store that it starts
-    with node_store(POOL_BYTES) as node, servers(chosen.model, node, cores[0]):
-        ttft = pairs("ttft", ttft_s, lambda: fresh(1, TTFT_PROMPT_TOKENS), chosen.pairs)
-        batch = pairs(
-            "batches", tokens_per_s, lambda: fresh(BATCH_REQUESTS, BATCH_PROMPT_TOKENS), chosen.pairs
-        )
-        counters = check_work(node, chosen.pairs)
+    ttft: list[Taken] = []
+    batch: list[Taken] = []
+    with node_store(POOL_BYTES) as node:
+        for number in range(chosen.rounds):
+            print(f"round {number + 1} of {chosen.rounds}", file=sys.stderr)
+            order = list(PORTS) if number % 2 else list(PORTS)[::-1]
+            with servers(chosen.model, node, cores[0], order):
+                ttft.append(pairs("ttft", ttft_s, fresh_prompt, chosen.pairs))
+                batch.append(pairs("batches", tokens_per_s, fresh_batch, chosen.pairs))
+        counters = check_work(node, chosen.rounds * chosen.pairs)
     report(chosen.json, ttft, batch, counters, choose)
 
 
 def report(
-    path: Path,
-    ttft: dict[str, list[float]],
-    batch: dict[str, list[float]],
-    counters: dict[str, int],
-    choose: random.Random,
+    path: Path, ttft: list[Taken], batch: list[Taken], counters: dict[str, int], choose: random.Random
 ) -> None:
-    slower = [b / a for a, b in zip(ttft["plain"], ttft["kvstrata"], strict=True)]
-    faster = [b / a for a, b in zip(batch["plain"], batch["kvstrata"], strict=True)]
+    slower = [ratios(taken) for taken in ttft]
+    faster = [ratios(taken) for taken in batch]
     figures = [
-        Figure("overhead.ttft_ratio", round(statistics.median(slower), 4)),
+        Figure("overhead.ttft_ratio", median(slower)),
         Figure("overhead.ttft_ratio_upper95", round(bound(slower, 0.95, choose), 4), "", "<= 1.03"),
-        Figure("overhead.throughput_ratio", round(statistics.median(faster), 4)),
+        Figure("overhead.throughput_ratio", median(faster)),
         Figure("overhead.throughput_ratio_lower95", round(bound(faster, 0.05, choose), 4), "", ">= 0.97"),
     ]
     samples: dict[str, Any] = {
-        "ttft_ms": {arm: [round(1e3 * value, 2) for value in values] for arm, values in ttft.items()},
-        "tokens_per_s": {arm: [round(value, 1) for value in values] for arm, values in batch.items()},
+        "ttft_ms": [
+            {arm: [round(1e3 * value, 2) for value in values] for arm, values in taken.items()}
+            for taken in ttft
+        ],
+        "tokens_per_s": [
+            {arm: [round(value, 1) for value in values] for arm, values in taken.items()} for taken in batch
+        ],
         "counters": counters,
     }
     keep(path, "overhead", figures, samples)
+
+
+def ratios(taken: Taken) -> list[float]:
+    return [ours / plain for plain, ours in zip(taken["plain"], taken["kvstrata"], strict=True)]
+
+
+def median(rounds: Sequence[Sequence[float]]) -> float:
+    return round(statistics.median(ratio for pairs in rounds for ratio in pairs), 4)
 
 
 if __name__ == "__main__":

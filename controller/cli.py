@@ -112,8 +112,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         default=["plain", "kvstrata", "offload", "lmcache"],
-        choices=["plain", "kvstrata", "offload", "lmcache"],
-        help="engines to compare, all at once on one GPU; each takes 18 GiB of its memory and --kv-gib",
+        metavar="ARM",
+        help="engines to compare, all at once on one GPU (plain kvstrata offload lmcache); each takes 18 GiB"
+        " of its memory and --kv-gib. Ours may have settings: kvstrata:client.save=false,client.packing=off",
     )
     serving.add_argument(
         "--kv-gib", type=float, default=14.0, metavar="N", help="GPU memory for KV, each (14)"

@@ -1,10 +1,12 @@
 // The pipe: chunks between pinned host memory and engine blocks, through slabs of staging memory.
 //
 // Rule of this file: everything is enqueued; a caller waits for a slab, and at last for its own end.
-// Copies go on one stream and kernels on another, so that a slab is filled while another is worked on.
+// Kernels go on one stream and copies on two others, so that a slab is filled while another is worked on.
+// Two, which take turns: between the pieces of one stream the engine's own small copies would wait.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -14,23 +16,12 @@
 
 #include "copy_kernels.cuh"
 #include "kvstrata.h"
-#include "pack.h"
+#include "pieces.h"
 
 namespace {
 
-struct Run {  // bytes of a slot that this pipe copies
-    int64_t offset, nbytes;
-};
-
-// As many layers as fit in a slab.
-struct Piece {
-    int32_t first_plane = 0, planes = 0, sub_blocks = 0;
-    int64_t stored_bytes = 0, tables_bytes = 0;  // of the largest sub-block
-    std::vector<Run> runs;
-
-    int64_t offset() const { return runs.front().offset; }
-    int64_t end() const { return runs.back().offset + runs.back().nbytes; }
-};
+using kvs::Piece;
+using kvs::Run;
 
 // A chunk as one codec stores it.
 struct Plan {
@@ -43,18 +34,20 @@ struct Plan {
 
 struct Slab {
     uint8_t* data = nullptr;
+    cudaStream_t copies = nullptr;  // one of the pipe's
     cudaEvent_t filled = nullptr;
     cudaEvent_t free = nullptr;
 };
 
 constexpr int SHARED_OF_KERNELS = 1024;  // more than their own variables need
-constexpr int64_t SLABS = 4, SLABS_MIN = 3;
+constexpr int64_t SLABS = 6, SLABS_MIN = 3;
+constexpr size_t COPY_STREAMS = 2;
 
 }  // namespace
 
-// What one job waits for: the end of what it has enqueued, and a flag for each chunk that kernels write to.
+// What one job waits for: the ends of what it has enqueued, and a flag for each chunk that kernels write to.
 struct kvs_ticket {
-    cudaEvent_t end = nullptr;
+    std::array<cudaEvent_t, COPY_STREAMS> ends = {};
     int64_t* flags = nullptr;  // in host memory
     int64_t used = 0;
 };
@@ -64,7 +57,8 @@ struct kvs_pipe {
     std::vector<Plan> plans;
     std::vector<Slab> slabs;
     std::vector<kvs_ticket*> tickets;  // not in use
-    cudaStream_t copies = nullptr, kernels = nullptr;
+    std::array<cudaStream_t, COPY_STREAMS> copies = {};
+    cudaStream_t kernels = nullptr;
     cudaEvent_t read = nullptr;  // all saves enqueued so far have read their blocks
     int shared_max = 0;  // bytes of shared memory that one thread block may have
     size_t next_slab = 0;
@@ -82,66 +76,6 @@ namespace {
 
 double now_s() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-int64_t sub_block_bytes(const kvs_plane& plane, int64_t chunk_tokens) {
-    const int64_t items = chunk_tokens * plane.dim;
-    return plane.codec == KVS_PACKED ? kvs::Packed{items, plane.dim}.nbytes() : items * plane.item_bytes;
-}
-
-// Exactly the bytes of the planes' sub-blocks, joined where they touch: what lies between is others'.
-std::vector<Run> runs_of(const kvs_plane* planes, int64_t n, int64_t chunk_tokens) {
-    std::vector<Run> each, joined;
-    for (int64_t p = 0; p < n; ++p) {
-        for (int64_t h = planes[p].first_head; h < planes[p].first_head + planes[p].heads; ++h) {
-            const int64_t offset = planes[p].slot_offset + h * planes[p].slot_stride;
-            each.push_back({offset, sub_block_bytes(planes[p], chunk_tokens)});
-        }
-    }
-    std::sort(each.begin(), each.end(), [](const Run& a, const Run& b) { return a.offset < b.offset; });
-    for (const Run& run : each) {
-        if (!joined.empty() && joined.back().offset + joined.back().nbytes == run.offset) {
-            joined.back().nbytes += run.nbytes;
-        } else {
-            joined.push_back(run);
-        }
-    }
-    return joined;
-}
-
-// Cuts the planes, in slot order, into pieces of whole layers that fit in a slab, or of one that does not.
-std::vector<Piece> cut(const kvs_pipe_shape& shape, const kvs_plane* planes, int64_t n,
-                       std::vector<int32_t>* first_of) {
-    std::vector<Piece> pieces;
-    int64_t begin = 0, end = 0;  // of the piece, in the slot
-    for (int64_t p = 0; p < n; ++p) {
-        const kvs_plane& plane = planes[p];
-        const int64_t from = plane.slot_offset + plane.first_head * plane.slot_stride;
-        const int64_t nbytes = sub_block_bytes(plane, shape.chunk_tokens);
-        const int64_t to = from + (plane.heads - 1) * plane.slot_stride + nbytes;
-        // A layer's planes lie between each other's heads: they overlap.
-        if (pieces.empty() || (from >= end && to - begin > shape.staging_bytes / SLABS)) {
-            pieces.emplace_back();
-            pieces.back().first_plane = static_cast<int32_t>(p);
-            begin = end = from;
-        }
-        Piece& piece = pieces.back();
-        begin = std::min(begin, from);
-        end = std::max(end, to);
-        piece.stored_bytes = std::max(piece.stored_bytes, nbytes);
-        if (plane.codec == KVS_PACKED) {
-            const kvs::Packed size = {shape.chunk_tokens * int64_t{plane.dim}, plane.dim};
-            const int64_t tables = sizeof(int32_t) * (plane.dim + size.escapes_max());
-            piece.tables_bytes = std::max(piece.tables_bytes, tables);
-        }
-        first_of->push_back(piece.sub_blocks);
-        piece.planes += 1;
-        piece.sub_blocks += plane.heads;
-    }
-    for (Piece& piece : pieces) {
-        piece.runs = runs_of(planes + piece.first_plane, piece.planes, shape.chunk_tokens);
-    }
-    return pieces;
 }
 
 // Shared memory for a sub-block of so many bytes, in whole vectors; 0 if there is not as much.
@@ -203,7 +137,7 @@ int take_slab(kvs_pipe& pipe, Slab** slab) {
 
 // Slots that lie at equal distances are copied in one go: each copy costs the link some microseconds.
 // It fails if they are not in one registered piece of memory.
-bool copy_rows(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
+bool copy_rows(const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
     const int64_t pitch = batch.count > 1 && piece.runs.size() == 1 ? batch.slot(1) - batch.slot(0) : 0;
     bool even = pitch > 0;
     for (int64_t i = 2; even && i < batch.count; ++i) even = batch.slot(i) - batch.slot(i - 1) == pitch;
@@ -213,30 +147,30 @@ bool copy_rows(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const
     const cudaError_t error = cudaMemcpy2DAsync(
         load ? slab.data : stored, load ? stride_of(piece) : pitch, load ? stored : slab.data,
         load ? pitch : stride_of(piece), run.nbytes, batch.count,
-        load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, pipe.copies);
+        load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, slab.copies);
     if (error != cudaSuccess) cudaGetLastError();  // it is not the next call's
     return error == cudaSuccess;
 }
 
 // One copy, in two where it would cross from one registered piece of memory into the next.
-int copy_bytes(const kvs_pipe& pipe, uint8_t* staged, uint8_t* stored, int64_t nbytes, bool load) {
+int copy_bytes(const Slab& slab, uint8_t* staged, uint8_t* stored, int64_t nbytes, bool load) {
     constexpr uintptr_t PIECE = KVS_REGISTERED_AT_ONCE;
     while (nbytes > 0) {
         const auto left = static_cast<int64_t>(PIECE - reinterpret_cast<uintptr_t>(stored) % PIECE);
         const int64_t now = std::min(nbytes, left);
         KVS_TRY(cudaMemcpyAsync(load ? staged : stored, load ? stored : staged, now,
-                                load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, pipe.copies));
+                                load ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, slab.copies));
         staged += now, stored += now, nbytes -= now;
     }
     return 0;
 }
 
-int copy_runs(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
-    if (copy_rows(pipe, piece, slab, batch, load)) return 0;
+int copy_runs(const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
+    if (copy_rows(piece, slab, batch, load)) return 0;
     for (int64_t i = 0; i < batch.count; ++i) {
         for (const Run& run : piece.runs) {
             uint8_t* staged = slab.data + i * stride_of(piece) + (run.offset - piece.offset());
-            const int error = copy_bytes(pipe, staged, batch.slot(i) + run.offset, run.nbytes, load);
+            const int error = copy_bytes(slab, staged, batch.slot(i) + run.offset, run.nbytes, load);
             if (error != 0) return error;
         }
     }
@@ -246,8 +180,8 @@ int copy_runs(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const 
 int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     Slab* slab;
     if (const int error = take_slab(pipe, &slab)) return error;
-    if (const int error = copy_runs(pipe, piece, *slab, batch, true)) return error;
-    KVS_TRY(cudaEventRecord(slab->filled, pipe.copies));
+    if (const int error = copy_runs(piece, *slab, batch, true)) return error;
+    KVS_TRY(cudaEventRecord(slab->filled, slab->copies));
     KVS_TRY(cudaStreamWaitEvent(pipe.kernels, slab->filled, 0));
     Job job = job_of(pipe, piece, *slab, batch);
     job.room = room_for(pipe, piece.stored_bytes);
@@ -264,9 +198,9 @@ int save_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     gather_kernel<<<piece.sub_blocks * batch.count, THREADS, piece.tables_bytes, pipe.kernels>>>(job);
     KVS_TRY(cudaGetLastError());
     KVS_TRY(cudaEventRecord(slab->filled, pipe.kernels));
-    KVS_TRY(cudaStreamWaitEvent(pipe.copies, slab->filled, 0));
-    if (const int error = copy_runs(pipe, piece, *slab, batch, false)) return error;
-    KVS_TRY(cudaEventRecord(slab->free, pipe.copies));
+    KVS_TRY(cudaStreamWaitEvent(slab->copies, slab->filled, 0));
+    if (const int error = copy_runs(piece, *slab, batch, false)) return error;
+    KVS_TRY(cudaEventRecord(slab->free, slab->copies));
     return 0;
 }
 
@@ -304,27 +238,34 @@ int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunks& chunks, void* 
             error = load ? load_piece(pipe, piece, batch) : save_piece(pipe, piece, batch);
         }
     }
-    const cudaError_t marked = cudaEventRecord(ticket.end, load ? pipe.kernels : pipe.copies);
-    if (error == 0) error = static_cast<int>(marked);
+    for (size_t i = 0; i < COPY_STREAMS; ++i) {
+        const cudaError_t marked = cudaEventRecord(ticket.ends[i], load ? pipe.kernels : pipe.copies[i]);
+        if (error == 0) error = static_cast<int>(marked);
+    }
     return error == 0 && other ? KVS_OTHER_CHUNK : error;
 }
 
 int make_ticket(kvs_ticket* ticket) {
-    KVS_TRY(cudaEventCreateWithFlags(&ticket->end, cudaEventDisableTiming | cudaEventBlockingSync));
+    for (cudaEvent_t& end : ticket->ends) {
+        KVS_TRY(cudaEventCreateWithFlags(&end, cudaEventDisableTiming | cudaEventBlockingSync));
+    }
     KVS_TRY(cudaHostAlloc(reinterpret_cast<void**>(&ticket->flags), KVS_CHUNKS_MAX * sizeof(int64_t),
                           cudaHostAllocPortable));
     return 0;
 }
 
 void end_ticket(kvs_ticket* ticket) {
-    if (ticket->end != nullptr) cudaEventDestroy(ticket->end);
+    for (cudaEvent_t end : ticket->ends) {
+        if (end != nullptr) cudaEventDestroy(end);
+    }
     cudaFreeHost(ticket->flags);
     delete ticket;
 }
 
 int make_plan(const kvs_pipe_shape& shape, const kvs_plan& given, Plan* plan) {
     std::vector<int32_t> first_of;
-    plan->pieces = cut(shape, given.planes, given.n_planes, &first_of);
+    plan->pieces = kvs::cut_evenly(given.planes, given.n_planes, shape.chunk_tokens,
+                                   shape.staging_bytes / SLABS, &first_of);
     plan->before_key.assign(given.before_key, given.before_key + given.before_bytes);
     plan->after_key.assign(given.after_key, given.after_key + given.after_bytes);
     if (plan->pieces.size() == 1) {
@@ -348,7 +289,9 @@ int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
         if (const int error = make_plan(pipe.shape, plans[i], &pipe.plans[static_cast<size_t>(i)])) return error;
     }
     KVS_TRY(cudaEventCreateWithFlags(&pipe.read, cudaEventDisableTiming));
-    KVS_TRY(cudaStreamCreateWithFlags(&pipe.copies, cudaStreamNonBlocking));
+    for (cudaStream_t& stream : pipe.copies) {
+        KVS_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    }
     KVS_TRY(cudaStreamCreateWithFlags(&pipe.kernels, cudaStreamNonBlocking));
     KVS_TRY(cudaDeviceGetAttribute(&pipe.shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, pipe.shape.device));
     pipe.shared_max -= SHARED_OF_KERNELS;
@@ -360,7 +303,9 @@ int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
         for (const Piece& piece : plan.pieces) largest = std::max(largest, plan.at_once * stride_of(piece));
     }
     pipe.slabs.resize(static_cast<size_t>(std::clamp(pipe.shape.staging_bytes / largest, SLABS_MIN, SLABS)));
-    for (Slab& slab : pipe.slabs) {
+    for (size_t i = 0; i < pipe.slabs.size(); ++i) {
+        Slab& slab = pipe.slabs[i];
+        slab.copies = pipe.copies[i % COPY_STREAMS];
         KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&slab.data), static_cast<size_t>(largest)));
         KVS_TRY(cudaEventCreateWithFlags(&slab.filled, cudaEventDisableTiming));
         KVS_TRY(cudaEventCreateWithFlags(&slab.free, cudaEventDisableTiming | cudaEventBlockingSync));
@@ -387,7 +332,9 @@ int kvs_pipe_open(const kvs_pipe_shape* shape, const kvs_plan* plans, int64_t n_
 
 void kvs_pipe_close(kvs_pipe* pipe) noexcept {
     cudaSetDevice(pipe->shape.device);
-    if (pipe->copies != nullptr) cudaStreamSynchronize(pipe->copies);
+    for (cudaStream_t stream : pipe->copies) {
+        if (stream != nullptr) cudaStreamSynchronize(stream);
+    }
     if (pipe->kernels != nullptr) cudaStreamSynchronize(pipe->kernels);
     for (const Slab& slab : pipe->slabs) {
         cudaFree(slab.data);
@@ -400,7 +347,9 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
         cudaFree(plan.first_of);
     }
     if (pipe->read != nullptr) cudaEventDestroy(pipe->read);
-    if (pipe->copies != nullptr) cudaStreamDestroy(pipe->copies);
+    for (cudaStream_t stream : pipe->copies) {
+        if (stream != nullptr) cudaStreamDestroy(stream);
+    }
     if (pipe->kernels != nullptr) cudaStreamDestroy(pipe->kernels);
     delete pipe;
 }
@@ -441,7 +390,11 @@ int kvs_pipe_hold(kvs_pipe* pipe, void* stream) noexcept {
 }
 
 int kvs_pipe_end(kvs_pipe* pipe, kvs_ticket* ticket, int64_t* flags) noexcept {
-    const cudaError_t ended = cudaEventSynchronize(ticket->end);
+    cudaError_t ended = cudaSuccess;
+    for (cudaEvent_t end : ticket->ends) {
+        const cudaError_t error = cudaEventSynchronize(end);
+        if (ended == cudaSuccess) ended = error;
+    }
     std::copy_n(ticket->flags, ticket->used, flags);
     const std::lock_guard<std::mutex> lock(pipe->drawer);
     pipe->tickets.push_back(ticket);

@@ -34,7 +34,7 @@ from kvstrata.cuda_ext.native import (
 LIBRARY_NAME = "_kvstrata_cuda.so"
 BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
 CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
-STAGING_BYTES = 64 << 20  # a pipe: pieces of a quarter; smaller ones disturb less and use the link worse
+STAGING_BYTES = 64 << 20  # a pipe: pieces of a sixth; smaller ones disturb less and use the link worse
 REGISTERED_AT_ONCE = 64 << 20  # KVS_REGISTERED_AT_ONCE
 _ALL_GOOD = -1
 _OTHER_CHUNK = -1  # KVS_OTHER_CHUNK, in the place of an error
@@ -130,7 +130,7 @@ class DevicePipe:
         cache: the engine's, in memory of `device`.
         device: CUDA ordinal.
         staging_bytes: of the device's memory, for chunks on their way; they move in pieces of whole
-            layers, of which eight fit in there. At least three layers of a chunk are taken.
+            layers, of which six fit in there. At least three layers of a chunk are taken.
         gathers: whether this pipe saves; a rank saves only the planes that it writes.
 
     Raises:

@@ -98,7 +98,7 @@ typedef struct kvs_pipe kvs_pipe;
 typedef struct kvs_ticket kvs_ticket;
 
 typedef struct kvs_pipe_shape {
-    int64_t staging_bytes; /* of the device's memory, in four slabs; three of one layer at the least */
+    int64_t staging_bytes; /* of the device's memory, in six slabs; three of one layer at the least */
     int32_t device;
     int32_t chunk_tokens;
     int32_t block_tokens;

@@ -2,6 +2,7 @@
 
     python -m kvstrata.connector.vllm.bench_arm ARM --runner v1|v2 --replies FD
 
+ARM is one of `ARMS`; kvstrata may have settings of its own, as in `kvstrata:client.save=false`.
 Commands come as JSON lines on stdin, one answer each goes to the descriptor FD; `Arm` has a method for each.
 The model has the shape of Llama-3.1-8B and random weights of such sizes that every answer depends on the
 whole prompt. A prompt is a number of tokens and a name, the same in every arm.
@@ -39,7 +40,7 @@ BATCH_ANSWER_TOKENS = 64
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("arm", choices=ARMS)
+    parser.add_argument("arm", help=f"{' | '.join(ARMS)}, or kvstrata:KEY=VALUE,...")
     parser.add_argument("--runner", choices=("v1", "v2"), required=True, help="vLLM's model runner")
     parser.add_argument("--replies", type=int, required=True, metavar="FD")
     parser.add_argument("--folder", type=Path, required=True, help="for whatever it makes")
@@ -63,7 +64,20 @@ def prompt(tokens: int, name: object) -> list[int]:
     return [draw.randrange(100, 128_000) for _ in range(tokens)]
 
 
+def with_settings(extra: dict[str, Any], settings: str) -> dict[str, Any]:
+    """`settings` as in "client.save=false,host.size=1GiB", on top of `extra`."""
+    for setting in settings.split(","):
+        path, _, value = setting.partition("=")
+        *sections, key = path.split(".")
+        section = extra
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = json.loads(value) if value in ("true", "false") else value
+    return extra
+
+
 def transfer_config(arm: str, runtime_dir: str, pool_gib: int) -> dict[str, Any] | None:
+    arm, _, settings = arm.partition(":")
     common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
     if arm == "kvstrata":
         extra: dict[str, Any] = {
@@ -75,7 +89,7 @@ def transfer_config(arm: str, runtime_dir: str, pool_gib: int) -> dict[str, Any]
         return common | {
             "kv_connector": "KVStrataConnector",
             "kv_connector_module_path": module,
-            "kv_connector_extra_config": extra,
+            "kv_connector_extra_config": with_settings(extra, settings) if settings else extra,
         }
     if arm == "offload":
         extra = {"cpu_bytes_to_use": pool_gib << 30}

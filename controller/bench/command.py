@@ -19,6 +19,9 @@ from kvstrata.core.errors import KVStrataError
 _COPY_MODULE = "kvstrata.cuda_ext.bench"
 
 
+ARMS = ("plain", "kvstrata", "offload", "lmcache")
+
+
 class CannotMeasure(KVStrataError):
     """Something that the bench needs is not there, or a part of it failed."""
 
@@ -75,6 +78,9 @@ def _copy(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise CannotMeasure(f"{sys.executable} has no vLLM: use the Python that has it")
+    for arm in options.arms:
+        if arm not in ARMS and not arm.startswith("kvstrata:"):
+            raise CannotMeasure(f"--arms {arm}: choose from {', '.join(ARMS)}, or kvstrata:KEY=VALUE,...")
     arms = [arm for arm in options.arms if arm != "lmcache" or importlib.util.find_spec("lmcache")]
     plan = serve.Plan(options.runner, arms, options.pool_gib, options.kv_gib, options.kv_dtype)
     pcie = pinned_to_device()

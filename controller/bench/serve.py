@@ -64,12 +64,12 @@ class Measured:
 
 @dataclass
 class Outcome:
-    """`cold` and `batches`: (plain, kvstrata) pairs, milliseconds and tokens a second."""
+    """`cold` and `batches`: for each of our arms (plain, ours) pairs, milliseconds and tokens a second."""
 
     pcie_gb_per_s: float
     arms: dict[str, Measured] = field(default_factory=dict)
-    cold: list[tuple[float, float]] = field(default_factory=list)
-    batches: list[tuple[float, float]] = field(default_factory=list)
+    cold: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    batches: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -105,8 +105,8 @@ def run(plan: Plan, pcie_gb_per_s: float, say: Callable[[str], None]) -> Outcome
             with _leaving_out(arms, name, say):
                 _beyond_one(arm, outcome.arms[name])
                 say(f"{name}: {outcome.arms[name].together} {outcome.arms[name].decode}")
-        if "plain" in arms and "kvstrata" in arms:
-            _pairs(arms["plain"], arms["kvstrata"], outcome)
+        if "plain" in arms:
+            _pairs([arm for name, arm in arms.items() if name == "plain" or is_ours(name)], outcome)
     return outcome
 
 
@@ -171,21 +171,32 @@ def _beyond_one(arm: Arm, measured: Measured) -> None:
     measured.decode["gpu"] = arm.do("decode", name="gpu", joins=[some[i % len(some)] for i in range(JOINS)])
 
 
-def _pairs(plain: Arm, ours: Arm, outcome: Outcome) -> None:
-    """What it costs where nothing is reused: both arms in turns, each first as often as second."""
+def _pairs(arms: Sequence[Arm], outcome: Outcome) -> None:
+    """What it costs where nothing is reused: the arms in turns, each as often first as last."""
     for i in range(COLD_PAIRS):
         found = {}
-        for arm in (plain, ours) if i % 2 else (ours, plain):
+        for arm in arms if i % 2 else reversed(arms):
             found[arm.name] = arm.ask((LENGTHS["8k"], f"pair {i}"))["ms"]
             time.sleep(BREATHE_S)
-        outcome.cold.append((found["plain"], found["kvstrata"]))
+        _add_pairs(outcome.cold, found)
     for i in range(BATCH_PAIRS + 1):
         found = {}
-        for arm in (plain, ours) if i % 2 else (ours, plain):
+        for arm in arms if i % 2 else reversed(arms):
             found[arm.name] = arm.do("batch", name=f"batch {i}")["tokens_per_s"]
             time.sleep(BREATHE_S)
         if i:  # the first is for warming up
-            outcome.batches.append((found["plain"], found["kvstrata"]))
+            _add_pairs(outcome.batches, found)
+
+
+def _add_pairs(pairs: dict[str, list[tuple[float, float]]], found: dict[str, float]) -> None:
+    for name, value in found.items():
+        if name != "plain":
+            pairs.setdefault(name, []).append((found["plain"], value))
+
+
+def is_ours(arm: str) -> bool:
+    """It may have settings of its own: "kvstrata:client.save=false"."""
+    return arm.partition(":")[0] == "kvstrata"
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float | None:
@@ -243,7 +254,7 @@ def figures(plan: Plan, outcome: Outcome) -> list[Figure]:
         peers = [
             arm.lengths[name]["host_hit"]["median_ms"]
             for other, arm in outcome.arms.items()
-            if other not in ("kvstrata", "plain") and not verdict(arm.lengths[name])
+            if other != "plain" and not is_ours(other) and not verdict(arm.lengths[name])
         ]
         if peers:
             goal = f">= {AHEAD[plan.runner]}" if name in LENGTHS and packed else None
@@ -262,10 +273,10 @@ def figures(plan: Plan, outcome: Outcome) -> list[Figure]:
     decode = ours.decode
     add("decode_p99_ratio", decode["host"]["p99_ms"] / decode["gpu"]["p99_ms"], "", "<= 1.15")
     if outcome.cold:
-        cold = [ours / plain for plain, ours in outcome.cold]
+        cold = [ours / plain for plain, ours in outcome.cold["kvstrata"]]
         add("cold_ratio", statistics.median(cold))
         add("cold_ratio_upper95", bound(cold, 0.95), "", "<= 1.01")
-        batches = [ours / plain for plain, ours in outcome.batches]
+        batches = [ours / plain for plain, ours in outcome.batches["kvstrata"]]
         add("throughput_ratio", statistics.median(batches))
         add("throughput_ratio_lower95", bound(batches, 0.05), "", ">= 0.99")
     return made

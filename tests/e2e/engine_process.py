@@ -29,6 +29,7 @@ class Engine:
     """Commands are methods; see `main`."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        import torch
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
@@ -46,6 +47,8 @@ class Engine:
             "disable_log_stats": False,
             "distributed_executor_backend": "uni",
         }
+        if torch.cuda.is_available():  # several engines share the GPU; its attention kernels are for 16 bits
+            settings |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.05}
         settings |= options
         if transfer:
             settings["kv_transfer_config"] = KVTransferConfig(**transfer)
