@@ -40,9 +40,12 @@ class DeviceCopies:
     has written before it, a load writes blocks that the engine has read before it.
     """
 
-    def __init__(self, loads: DevicePipe, saves: DevicePipe, segments: Segments, raw_bytes: int) -> None:
-        """`raw_bytes`: size of a slot whose chunk is not packed."""
-        self._loads, self._saves, self._segments, self._raw_bytes = loads, saves, segments, raw_bytes
+    def __init__(
+        self, loads: DevicePipe, saves: DevicePipe, segments: Segments, slot_sizes: Sequence[int]
+    ) -> None:
+        """`slot_sizes`: bytes of a slot, for each of the pipes' `ChunkLayout.ways`."""
+        self._loads, self._saves, self._segments = loads, saves, segments
+        self._way_of = {nbytes: way for way, nbytes in enumerate(slot_sizes)}
 
     def load(self, job: LoadJob, after: Fence | None) -> Report:
         started = time.monotonic()
@@ -97,8 +100,7 @@ class DeviceCopies:
         self._saves.close()
 
     def _chunk(self, segment_address: int, copy: ChunkCopy) -> Chunk:
-        raw = copy.nbytes == self._raw_bytes
-        return Chunk(segment_address + copy.offset, copy.blocks, copy.key, raw)
+        return Chunk(segment_address + copy.offset, copy.blocks, copy.key, self._way_of[copy.nbytes])
 
     def _map(self, held: contextlib.ExitStack, epoch: bytes, copies: Iterable[ChunkCopy]) -> dict[int, int]:
         """Address of each segment that the copies touch, as long as `held` is; of those that are mapped."""
@@ -159,8 +161,12 @@ class DeviceRegistration:
             raise
 
     def remove(self, mapping: MappedSegment) -> None:
+        """What CUDA does not let go of it keeps until the process ends."""
         for address, _ in _pieces(mapping):
-            self._library.unregister(self._device, address)
+            try:
+                self._library.unregister(self._device, address)
+            except DeviceError as error:
+                log.warning("memory of a node store that is gone stays locked: %s", error)
 
 
 def _pieces(mapping: MappedSegment) -> Iterator[tuple[int, int]]:

@@ -27,7 +27,7 @@ class RuntimePaths:
 
     @property
     def side(self) -> Path:
-        """Life of clients, descriptors of segments."""
+        """Life of clients, descriptors of segments, lookups."""
         return self.folder / "side.sock"
 
     @property

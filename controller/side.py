@@ -61,8 +61,8 @@ def send_message(sock: socket.socket, message: dict[str, Any], fds: list[int] | 
     sock.sendmsg([data], ancillary)
 
 
-def send_question(sock: socket.socket, body: bytes) -> None:
-    """One question, or its answer; never waits.
+def send_match(sock: socket.socket, body: bytes) -> None:
+    """One MatchRequest or MatchReply; never waits.
 
     Raises:
         BlockingIOError: the peer does not read.
@@ -71,7 +71,7 @@ def send_question(sock: socket.socket, body: bytes) -> None:
     sock.send(QUESTION + body, socket.MSG_DONTWAIT)
 
 
-def receive_question(sock: socket.socket) -> bytes | None:
+def receive_match(sock: socket.socket) -> bytes | None:
     """The next answer to a question; None if there is none yet, or the peer is gone."""
     try:
         data = sock.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)

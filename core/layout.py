@@ -184,7 +184,7 @@ class ChunkLayout:
         """How such a chunk may be stored, this way first. The size of its slot tells which it is."""
         packed = replace(self, codec=CODEC_PACKED)
         if packed.slot_bytes == self.raw.slot_bytes:
-            return (self.raw,)  # nothing of it can be packed
+            return (self.raw,)  # nothing of it can be packed, or rounding eats what is saved
         return (packed, self.raw) if self.codec == CODEC_PACKED else (self.raw, packed)
 
     @cached_property

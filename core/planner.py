@@ -265,8 +265,9 @@ class Planner:
         if self._take_over(client, slot_bytes, oldest, now):
             yield True
         for entry in victims:
-            self._evict(entry)
-            yield True
+            if self.catalogue.get(entry.key) is entry and entry.may_go(now):  # not taken over meanwhile
+                self._evict(entry)
+                yield True
 
     def _note_use(self, entries: Sequence[Entry], now: float) -> None:
         for entry in entries:

@@ -34,7 +34,7 @@ struct Plan {
 
 struct Slab {
     uint8_t* data = nullptr;
-    cudaStream_t copies = nullptr;  // one of the pipe's
+    cudaStream_t copies = nullptr;  // one of the pipe's, for now
     cudaEvent_t filled = nullptr;
     cudaEvent_t free = nullptr;
 };
@@ -42,6 +42,7 @@ struct Slab {
 constexpr int SHARED_OF_KERNELS = 1024;  // more than their own variables need
 constexpr int64_t SLABS = 6, SLABS_MIN = 3;
 constexpr size_t COPY_STREAMS = 2;
+constexpr int64_t BYTES_OF_LAUNCH = 3 << 19;
 
 }  // namespace
 
@@ -130,8 +131,10 @@ Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Bat
 
 // The next slab, once nobody needs its bytes: what is under way and cannot be recalled stays bounded.
 int take_slab(kvs_pipe& pipe, Slab** slab) {
-    *slab = &pipe.slabs[pipe.next_slab++ % pipe.slabs.size()];
+    const size_t turn = pipe.next_slab++;
+    *slab = &pipe.slabs[turn % pipe.slabs.size()];
     KVS_TRY(cudaEventSynchronize((*slab)->free));
+    (*slab)->copies = pipe.copies[turn % COPY_STREAMS];
     return 0;
 }
 
@@ -177,6 +180,19 @@ int copy_runs(const Piece& piece, const Slab& slab, const Batch& batch, bool loa
     return 0;
 }
 
+// Some sub-blocks at a time, one launch after the other: so most of the device's multiprocessors are the
+// engine's at any time, and a link that takes ten times as long as the kernels is kept busy all the same.
+template <class Kernel>
+int launch(Kernel kernel, const kvs_pipe& pipe, const Piece& piece, int64_t chunks, int64_t shared_bytes, Job& job) {
+    const auto all = static_cast<int32_t>(piece.sub_blocks * chunks);
+    const auto most = static_cast<int32_t>(std::max<int64_t>(1, BYTES_OF_LAUNCH / piece.stored_bytes));
+    for (job.first = 0; job.first < all; job.first += most) {
+        kernel<<<std::min(most, all - job.first), THREADS, shared_bytes, pipe.kernels>>>(job);
+        KVS_TRY(cudaGetLastError());
+    }
+    return 0;
+}
+
 int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     Slab* slab;
     if (const int error = take_slab(pipe, &slab)) return error;
@@ -185,8 +201,7 @@ int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     KVS_TRY(cudaStreamWaitEvent(pipe.kernels, slab->filled, 0));
     Job job = job_of(pipe, piece, *slab, batch);
     job.room = room_for(pipe, piece.stored_bytes);
-    scatter_kernel<<<piece.sub_blocks * batch.count, THREADS, job.room, pipe.kernels>>>(job);
-    KVS_TRY(cudaGetLastError());
+    if (const int error = launch(scatter_kernel, pipe, piece, batch.count, job.room, job)) return error;
     KVS_TRY(cudaEventRecord(slab->free, pipe.kernels));
     return 0;
 }
@@ -194,9 +209,8 @@ int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
 int save_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     Slab* slab;
     if (const int error = take_slab(pipe, &slab)) return error;
-    const Job job = job_of(pipe, piece, *slab, batch);
-    gather_kernel<<<piece.sub_blocks * batch.count, THREADS, piece.tables_bytes, pipe.kernels>>>(job);
-    KVS_TRY(cudaGetLastError());
+    Job job = job_of(pipe, piece, *slab, batch);
+    if (const int error = launch(gather_kernel, pipe, piece, batch.count, piece.tables_bytes, job)) return error;
     KVS_TRY(cudaEventRecord(slab->filled, pipe.kernels));
     KVS_TRY(cudaStreamWaitEvent(slab->copies, slab->filled, 0));
     if (const int error = copy_runs(piece, *slab, batch, false)) return error;
@@ -303,9 +317,7 @@ int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
         for (const Piece& piece : plan.pieces) largest = std::max(largest, plan.at_once * stride_of(piece));
     }
     pipe.slabs.resize(static_cast<size_t>(std::clamp(pipe.shape.staging_bytes / largest, SLABS_MIN, SLABS)));
-    for (size_t i = 0; i < pipe.slabs.size(); ++i) {
-        Slab& slab = pipe.slabs[i];
-        slab.copies = pipe.copies[i % COPY_STREAMS];
+    for (Slab& slab : pipe.slabs) {
         KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&slab.data), static_cast<size_t>(largest)));
         KVS_TRY(cudaEventCreateWithFlags(&slab.filled, cudaEventDisableTiming));
         KVS_TRY(cudaEventCreateWithFlags(&slab.free, cudaEventDisableTiming | cudaEventBlockingSync));
@@ -384,7 +396,7 @@ int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, 
 
 int kvs_pipe_hold(kvs_pipe* pipe, void* stream) noexcept {
     KVS_TRY(cudaSetDevice(pipe->shape.device));
-    const std::lock_guard<std::mutex> lock(pipe->turn);
+    // Not in turn: another call may be waiting for slabs. What was enqueued before is covered all the same.
     KVS_TRY(cudaEventRecord(pipe->read, pipe->kernels));
     return static_cast<int>(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), pipe->read, 0));
 }

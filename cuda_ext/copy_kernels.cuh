@@ -61,7 +61,7 @@ __device__ uint64_t gather_raw(const Job& job, const SubBlock& sub, int32_t nbyt
 // --- kernels ---------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) gather_kernel(const __grid_constant__ Job job) {
-    const SubBlock sub = sub_block_of(job, blockIdx.x);
+    const SubBlock sub = sub_block_of(job, job.first + blockIdx.x);
     const int32_t items = job.chunk_tokens * sub.plane.dim;
     const kvs::Packed shape = {items, sub.plane.dim};
     const bool packed = sub.plane.codec == KVS_PACKED;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) gather_kernel(const _
 }
 
 __global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) scatter_kernel(const __grid_constant__ Job job) {
-    SubBlock sub = sub_block_of(job, blockIdx.x);
+    SubBlock sub = sub_block_of(job, job.first + blockIdx.x);
     const int32_t items = job.chunk_tokens * sub.plane.dim;
     const bool packed = sub.plane.codec == KVS_PACKED;
     const int64_t nbytes =

@@ -52,13 +52,13 @@ class DeviceError(KVStrataError):
 class Chunk:
     """One chunk to copy: its slot's address in registered memory, its blocks, its key.
 
-    `raw`: it is stored as `ChunkLayout.raw` says, because it did not fit as its pipe packs.
+    `way`: how it is stored: 0 as its pipe's layout says, 1 in the other of `ChunkLayout.ways`.
     """
 
     slot_address: int
     block_ids: tuple[int, ...]
     key: bytes
-    raw: bool = False
+    way: int = 0
 
 
 class _Shape(ctypes.Structure):
@@ -148,7 +148,7 @@ class DevicePipe:
         library: DeviceLibrary | None = None,
     ) -> None:
         self.cache = cache
-        self._layouts = [layout] if layout.raw is layout else [layout, layout.raw]
+        self._layouts = [layout, *(way for way in layout.ways if way.codec != layout.codec)]
         self._library = library or load_device_library()
         self._blocks = layout.chunk_tokens // cache.block_tokens
         if self._blocks > BLOCKS_MAX:
@@ -222,7 +222,7 @@ class DevicePipe:
         outcome: list[DoesNotFit | None] = []
         for chunk, flag in zip(chunks, job.flags, strict=True):
             if flag == _ALL_GOOD:
-                header = header_of(self._layout(chunk), chunk.key)
+                header = header_of(self._layouts[chunk.way], chunk.key)
                 ctypes.memmove(chunk.slot_address, header, len(header))
             outcome.append(None if flag == _ALL_GOOD else DoesNotFit(flag))
         return outcome
@@ -234,12 +234,6 @@ class DevicePipe:
             DeviceError: CUDA refused.
         """
         self._library.check(self._library.native.kvs_pipe_hold(self._pipe, stream))
-
-    def _layout(self, chunk: Chunk) -> ChunkLayout:
-        return self._layouts[self._plan(chunk)]
-
-    def _plan(self, chunk: Chunk) -> int:
-        return len(self._layouts) - 1 if chunk.raw else 0
 
     def close(self) -> None:
         """Wait for what is under way, give the staging memory back."""
@@ -256,7 +250,7 @@ class DevicePipe:
             array("Q", [chunk.slot_address for chunk in chunks]),
             b"".join([chunk.key for chunk in chunks]),
             array("i", itertools.chain.from_iterable([chunk.block_ids for chunk in chunks])),
-            bytes([self._plan(chunk) for chunk in chunks]),
+            bytes([chunk.way for chunk in chunks]),
         )
 
 

@@ -151,7 +151,7 @@ KVS_API int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* 
 KVS_API int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks,
                           void* after) KVS_NOEXCEPT;
 
-/* Makes `stream` wait until all saves enqueued so far have read their blocks; returns at once. */
+/* Makes `stream` wait until all saves enqueued so far have read their blocks; returns at once. One thread's. */
 KVS_API int kvs_pipe_hold(kvs_pipe* pipe, void* stream) KVS_NOEXCEPT;
 
 /* Waits for all that the job has enqueued. flags[i], for the i-th chunk begun, is KVS_ALL_GOOD or the

@@ -19,8 +19,6 @@ namespace {
 #endif
 constexpr int THREADS = KVS_THREADS;
 constexpr int GROUP = 16;
-constexpr int REGISTERS = 65536;  // of a multiprocessor; 64 a thread let a sub-block be held in them
-
 constexpr int CHUNKS_AT_ONCE = 8;
 
 // What of a piece is each chunk's own.
@@ -41,6 +39,7 @@ struct Job {
     uint8_t* data;
     int64_t stride;       // from one chunk's to the next one's
     int64_t slot_offset;  // of `data` in the slot
+    int32_t first;        // sub-block of this launch
     JobChunk chunks[CHUNKS_AT_ONCE];
     int32_t room;   // when scattering, bytes of shared memory for a sub-block; 0: there is not as much
     int32_t block_ids[KVS_BLOCKS_MAX];  // of one chunk after the other

@@ -342,7 +342,7 @@ class SchedulerConnector:
         sizes = self._client.slot_sizes
         if not unpackable or save.nbytes == sizes[-1] or not self._in_reach():
             self.stats.count("failed_saves" if save.failed else "saved_chunks")
-        elif save.flushed:  # others have its blocks by now
+        elif save.flushed or save.epoch != self._epoch:  # others have its blocks, or its store is gone
             self.stats.count("lost_saves")
         else:  # its blocks are still watched, as they were until now
             again = Save(next(self._numbers), save.key, sizes[-1], save.blocks, save.epoch)

@@ -80,11 +80,11 @@ class WorkerConnector:
             "kvstrata: copies by %s through %s of staging memory each way, KV stored %.2f times smaller",
             torch.cuda.get_device_name(device),
             format_size(staging),
-            ways[-1].slot_bytes / ways[0].slot_bytes,
+            self._layout.raw.slot_bytes / self._layout.slot_bytes,
         )
         registration = DeviceRegistration(library, device)
         self._segments = worker_segments(node, self._client, self._rank, registration)
-        return DeviceCopies(loads, saves, self._segments, self._layout.raw.slot_bytes)
+        return DeviceCopies(loads, saves, self._segments, [way.slot_bytes for way in ways])
 
     def _fence(self) -> Fence | None:
         """What the engine has asked of its device so far."""

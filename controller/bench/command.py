@@ -81,6 +81,8 @@ def _serve(options: argparse.Namespace) -> int:
     for arm in options.arms:
         if arm not in ARMS and not arm.startswith("kvstrata:"):
             raise CannotMeasure(f"--arms {arm}: choose from {', '.join(ARMS)}, or kvstrata:KEY=VALUE,...")
+    if "kvstrata" not in options.arms:
+        raise CannotMeasure("--arms: kvstrata itself is missing; figures are about it")
     arms = [arm for arm in options.arms if arm != "lmcache" or importlib.util.find_spec("lmcache")]
     plan = serve.Plan(options.runner, arms, options.pool_gib, options.kv_gib, options.kv_dtype)
     pcie = pinned_to_device()

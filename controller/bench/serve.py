@@ -254,7 +254,10 @@ def figures(plan: Plan, outcome: Outcome) -> list[Figure]:
         peers = [
             arm.lengths[name]["host_hit"]["median_ms"]
             for other, arm in outcome.arms.items()
-            if other != "plain" and not is_ours(other) and not verdict(arm.lengths[name])
+            if other != "plain"
+            and not is_ours(other)
+            and name in arm.lengths
+            and not verdict(arm.lengths[name])
         ]
         if peers:
             goal = f">= {AHEAD[plan.runner]}" if name in LENGTHS and packed else None
@@ -262,9 +265,10 @@ def figures(plan: Plan, outcome: Outcome) -> list[Figure]:
     correct = [not verdict(length) for length in ours.lengths.values()]
     # Hits of other lengths end at another place in host memory than on the GPU: more is computed, other
     # sums are rounded.
-    worst = max((ours.lengths[name]["host_hit"]["dlogprob_to_gpu_hit"] or 0.0) for name in LENGTHS)
+    distances = [ours.lengths[name]["host_hit"]["dlogprob_to_gpu_hit"] for name in LENGTHS]
     add("all_correct", all(correct), "", "== true")
-    add("max_dlogprob_vs_gpu_hit", worst, "", "<= 0")
+    if None not in distances:  # then some answers cannot even be compared
+        add("max_dlogprob_vs_gpu_hit", max(distances), "", "<= 0")
     rates = [
         one["cached"] * KV_BYTES_PER_TOKEN[plan.kv_dtype] / one["ms"] / 1e6 / outcome.pcie_gb_per_s
         for one in ours.together

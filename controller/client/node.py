@@ -174,17 +174,14 @@ class NodeClient:
 
     def _read_answer(self) -> tuple[Session, Call, Answer] | None:
         with self._lock:
-            data = self._side.answer() if self._side is not None else None
-            if data is None:
-                return None
-            try:
-                reply = pb.MatchReply.FromString(data)
-            except DecodeError:
-                reply = pb.MatchReply()
-            asked = self._asked.pop(reply.lease, None)
-        if asked is None:  # too late
-            return None
-        return asked.session, asked.call, _matched(reply)
+            while self._side is not None and (data := self._side.answer()) is not None:
+                try:
+                    reply = pb.MatchReply.FromString(data)
+                except DecodeError:
+                    continue
+                if asked := self._asked.pop(reply.lease, None):  # or it comes too late
+                    return asked.session, asked.call, _matched(reply)
+        return None
 
     def _wait(self, timeout_s: float) -> None:
         """Until there may be an answer."""

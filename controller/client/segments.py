@@ -20,10 +20,10 @@ from typing import Any, Protocol
 from kvstrata.controller.paths import runtime_paths
 from kvstrata.controller.side import (
     Hello,
+    receive_match,
     receive_message,
-    receive_question,
+    send_match,
     send_message,
-    send_question,
 )
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import KVStrataError
@@ -106,11 +106,11 @@ class SideConnection:
 
     def ask(self, question: bytes) -> None:
         """Send a question; never waits. Raises OSError: the store is gone, or does not read."""
-        send_question(self._sock, question)
+        send_match(self._sock, question)
 
     def answer(self) -> bytes | None:
         """The answer to the oldest question that has none, if it is there."""
-        return receive_question(self._sock)
+        return receive_match(self._sock)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -122,13 +122,10 @@ class SideConnection:
         return bool(look.poll(0))
 
     def alive(self) -> bool:
-        """Whether the store still holds its end. Only for connections on which nobody receives."""
-        try:
-            return bool(self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        """Whether the store still holds its end, whatever is still to be read."""
+        look = select.poll()
+        look.register(self._sock, select.POLLRDHUP)
+        return not look.poll(0)  # errors and hang-ups are always reported
 
     def close(self, bye: bool) -> None:
         """End the connection; `bye` promises that no copy of this process touches the pool any more."""

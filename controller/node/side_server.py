@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvstrata.controller.side import Hello, receive_message, send_message, send_question
+from kvstrata.controller.side import Hello, receive_message, send_match, send_message
 from kvstrata.core.events import (
     ClientGone,
     ClientResumed,
@@ -116,8 +116,7 @@ class SideServer:
             for connection in connections:
                 self._forget_process(connection)
                 if connection.open:
-                    loop.remove_reader(connection.sock.fileno())
-                    connection.sock.close()
+                    _hang_up(connection)
 
     @property
     def live(self) -> int:
@@ -220,9 +219,7 @@ class SideServer:
         if isinstance(message, bytes):
             if connection.hello is None or connection.worker:
                 raise ValueError("only the scheduler side of an engine asks questions")
-            answer = self._answer(connection.hello.client, message)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its bye is still to be read
-                send_question(connection.sock, answer)
+            self._send_answer(connection, self._answer(connection.hello.client, message))
         elif "hello" in message and connection.hello is None:
             hello = Hello.parse(message["hello"])
             if len(fds) != 1 or "Pid:" not in Path(f"/proc/self/fdinfo/{fds[0]}").read_text():
@@ -250,12 +247,27 @@ class SideServer:
         else:
             raise ValueError(f"unexpected message {sorted(message)}")
 
+    def _send_answer(self, connection: Connection, answer: bytes) -> None:
+        """While the client has no room for an answer, no more of its questions are read."""
+        loop, fd = asyncio.get_running_loop(), connection.sock.fileno()
+        try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its bye is still to be read
+                send_match(connection.sock, answer)
+        except BlockingIOError:
+            loop.remove_reader(fd)
+            loop.add_writer(fd, self._has_room, connection, answer)
+
+    def _has_room(self, connection: Connection, answer: bytes) -> None:
+        loop, fd = asyncio.get_running_loop(), connection.sock.fileno()
+        loop.remove_writer(fd)
+        loop.add_reader(fd, self._readable, connection)
+        self._send_answer(connection, answer)
+
     def _ended(self, connection: Connection) -> None:
         """The stream is over: no new grants; claims stay until the process answers or exits."""
         if connection.open:
             connection.open = False
-            asyncio.get_running_loop().remove_reader(connection.sock.fileno())
-            connection.sock.close()
+            _hang_up(connection)
         if connection.hello is not None:
             self._apply(ClientStopped(connection.hello.client))
             if worker := connection.worker:
@@ -291,3 +303,10 @@ def _same_process(connection: Connection, hello: Hello) -> bool:
     """A client's name is that of one engine's life, so role and rank name one process of it."""
     known = connection.hello
     return known is not None and (known.role, known.rank) == (hello.role, hello.rank)
+
+
+def _hang_up(connection: Connection) -> None:
+    loop, fd = asyncio.get_running_loop(), connection.sock.fileno()
+    loop.remove_reader(fd)
+    loop.remove_writer(fd)
+    connection.sock.close()

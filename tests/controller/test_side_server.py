@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -20,8 +21,8 @@ from kvstrata.controller.side import (
     MAX_MESSAGE,
     PROTOCOL,
     receive_message,
+    send_match,
     send_message,
-    send_question,
 )
 from kvstrata.core.events import (
     ClientGone,
@@ -243,7 +244,7 @@ def test_only_the_scheduler_side_asks_questions(path: Path, role: str) -> None:
         async with serving(path, [], []):
             process = Process(path, role)
             await process.next()  # the welcome
-            send_question(process.sock, b"what is there?")
+            send_match(process.sock, b"what is there?")
             if role == "worker":
                 assert await process.hung_up()
                 return
@@ -259,7 +260,7 @@ def test_what_is_no_question_ends_the_connection(path: Path, question: bytes) ->
         async with serving(path, [], []):
             process = Process(path, "scheduler")
             await process.next()
-            send_question(process.sock, question)
+            send_match(process.sock, question)
             assert await process.hung_up()
 
     asyncio.run(run())
@@ -272,7 +273,7 @@ def test_a_bye_behind_a_question_is_heard_though_nobody_takes_the_answer(path: P
         async with serving(path, events, []) as server:
             process = Process(path, "scheduler")
             await process.next()
-            send_question(process.sock, b"what is there?")
+            send_match(process.sock, b"what is there?")
             process.say({"bye": True})
             process.sock.close()
             while server.connections.get(NAME):
@@ -280,3 +281,28 @@ def test_a_bye_behind_a_question_is_heard_though_nobody_takes_the_answer(path: P
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert ClientGone(NAME) in events
+
+
+def test_who_is_slow_to_take_answers_loses_none(path: Path) -> None:
+    """An engine in a long step: the store keeps the answer for which there is no room, and reads on later."""
+
+    async def run() -> None:
+        async with serving(path, [], []):
+            process = Process(path, "scheduler")
+            await process.next()
+            questions = [f"{number:04}".encode() * 4096 for number in range(60)]
+            asked = 0
+            for _ in range(100):  # until neither socket takes anything more
+                with contextlib.suppress(BlockingIOError):
+                    while asked < len(questions):
+                        send_match(process.sock, questions[asked])
+                        asked += 1
+                await asyncio.sleep(0.001)
+            assert 20 < asked < len(questions), "both buffers have to be full for this to show anything"
+            for question in questions[:asked]:
+                assert await process.next() == b"engine asked " + question
+            send_match(process.sock, b"what is there?")
+            assert await process.next() == b"engine asked what is there?"
+            process.sock.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvstrata.core.events import SegmentRegistered, Why
+from kvstrata.core.events import ClientOpened, SegmentRegistered, Update, Updated, Why
 from kvstrata.core.policy import LRU, POLICIES
 from kvstrata.core.slots import Slot
-from tests.core.stores import SLOT, Engine, Store, keys
+from tests.core.stores import SLOT, Engine, Store, key, keys
 
 
 @pytest.fixture
@@ -170,3 +170,23 @@ def test_only_segments_that_the_writer_has_mapped_change_hands(store: Store, eng
     large.open()
     assert large.reserve(101) == [Why.FULL]
     assert len(engine.match(1, 2, 3, 4)) == 4
+
+
+def test_two_sizes_in_one_update_do_not_evict_a_chunk_twice(store: Store, engine: Engine) -> None:
+    """The second reservation takes over the segment in which the third one's victim was."""
+    engine.save(*range(1, 5))
+    engine.save(*range(5, 9))
+    store.tick(1)
+    for number in (2, 3, 4, 6, 7, 8):  # 1 and 5 are the oldest then, in two segments
+        engine.match(number)
+    engine.tell(released=tuple(engine.leases))
+    store.step(ClientOpened("both", (SLOT, 2 * SLOT), 1))
+    for segment in (0, 1):
+        store.step(SegmentRegistered("both", 0, segment))
+    reserve = ((1, key(11), SLOT), (2, key(12), 2 * SLOT), (3, key(13), SLOT))
+    (answer,) = store.step(Update("both", 1, reserve=reserve))
+    assert isinstance(answer, Updated)
+    first, second, third = answer.grants
+    assert isinstance(first, Slot) and isinstance(second, Slot)
+    assert second.segment == 1, "the other one has to be taken over for this to show anything"
+    assert third is Why.FULL

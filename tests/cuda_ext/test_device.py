@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import threading
 import time
@@ -258,6 +259,44 @@ def test_a_chunk_that_does_not_fit_is_told_from_those_that_do(device: DeviceLibr
     done, why = serving.load.load(serving.chunks[:6], 0, NEVER)
     assert done == 3 and isinstance(why, HeaderMismatch)
     serving.close()
+
+
+@pytest.mark.parametrize("codec", [CODEC_RAW, CODEC_PACKED], ids=["raw first", "packed first"])
+def test_both_ways_of_storing_go_through_one_pipe(device: DeviceLibrary, codec: int) -> None:
+    """An engine that packs loads what another one has stored raw, and the other way round."""
+    serving = Serving(device, codec)
+    slots = Pinned(device, serving.layout.raw, CHUNKS)
+    chunks = [
+        dataclasses.replace(chunk, slot_address=slots.address(i), way=i // 3 % 2)
+        for i, chunk in enumerate(serving.chunks)
+    ]
+    assert serving.save.save(chunks, 0) == [None] * CHUNKS
+    for i, chunk in enumerate(chunks):
+        header = serving.layout.ways[chunk.way].header(chunk.key)
+        assert slots.slot(i)[: len(header)].numpy().tobytes() == header
+    serving.poison()
+    assert serving.load.load(chunks, 0, NEVER) == (CHUNKS, None)
+    assert serving.blocks_equal(chunks[::5])
+    slots.close()
+    serving.close()
+
+
+def test_blocks_are_overwritten_only_when_they_have_been_read(serving: Serving) -> None:
+    """What a flush does: the engine's stream goes on as soon as the bytes are in staging memory."""
+    stream = torch.cuda.Stream()
+
+    def overwrite() -> None:
+        serving.save.hold(stream.cuda_stream)
+        with torch.cuda.stream(stream):
+            for plane in serving.planes:
+                assert plane
+                plane.storage.fill_(9)
+
+    assert serving.save.save(serving.chunks, 0, overwrite) == [None] * CHUNKS
+    torch.cuda.synchronize()
+    assert not serving.blocks_equal(serving.chunks[:1])
+    assert serving.load.load(serving.chunks, 0, NEVER) == (CHUNKS, None)
+    assert serving.blocks_equal(serving.chunks)
 
 
 class TestRefusals:

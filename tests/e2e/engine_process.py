@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,9 @@ class Engine:
         self.finished: dict[str, Answer] = {}
         self.hooks = {"calls": 0, "seconds": 0.0}  # of the connector's scheduler side, since the last step
         self._count_preemptions(self.core.scheduler)
+        self.seen: Counter[str] = Counter()
+        if self.core.scheduler.connector is not None:
+            self._count_stats(self.core.scheduler.connector)
 
     def _count_preemptions(self, scheduler: Any) -> None:
         preempt = scheduler._preempt_request
@@ -68,6 +72,17 @@ class Engine:
             preempt(*args, **kwargs)
 
         scheduler._preempt_request = counted
+
+    def _count_stats(self, connector: Any) -> None:
+        """What the scheduler side counts; vLLM 0.26 drops that of steps without an answer."""
+        take = connector.get_kv_connector_stats
+
+        def counted() -> Any:
+            stats = take()
+            self.seen.update({} if stats is None else stats.data)
+            return stats
+
+        connector.get_kv_connector_stats = counted
 
     def ask(
         self, prompts: list[Any], max_tokens: int = 16, logprobs: int = 5, **sampling: Any
@@ -177,6 +192,10 @@ class Engine:
             for sample in metric.samples
             if sample.name.startswith("kvstrata_") and sample.name.endswith("_total")
         }
+
+    def loaded_tokens(self) -> int:
+        """By loads that ended well."""
+        return int(self.seen["loaded_tokens"])
 
     def drafts(self) -> tuple[int, int]:
         """Tokens that speculative decoding has proposed, and how many of them were accepted."""

@@ -40,7 +40,7 @@ class _PickyPipe:
     def save(
         self, chunks: Sequence[Chunk], after: int, enqueued: Callable[[], None]
     ) -> list[DoesNotFit | None]:
-        fit = [chunk for chunk in chunks if chunk.raw or not chunk.key[0] % 2]
+        fit = [chunk for chunk in chunks if chunk.way or not chunk.key[0] % 2]
         outcome = iter(self._pipe.save(fit, after, enqueued))
         return [next(outcome) if chunk in fit else DoesNotFit(0) for chunk in chunks]
 

@@ -27,7 +27,7 @@ class SimClient:
     def __init__(self, engine: SimEngine) -> None:
         self._engine, self._process = engine, engine.process
         self.client = engine.name
-        self.slot_sizes = (engine.slot_bytes,)
+        self.slot_sizes = engine.slot_sizes
         self.rank = SCHEDULER
         self._session: Session | None = None
         self._answers: deque[tuple[Session, Call, Answer]] = deque()

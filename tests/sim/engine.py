@@ -49,7 +49,7 @@ class SimIdentity:
         world = self._engine.world
         if world.clock.now < self._ready:
             return None  # the weights are still being read
-        name = repr((self._engine.slot_bytes, self._generation, request.cache_salt))
+        name = repr((min(self._engine.slot_sizes), self._generation, request.cache_salt))
         namespace = hashlib.blake2b(name.encode(), digest_size=32).digest()
         for i, key in enumerate(KeyChain(namespace, CHUNK_TOKENS).extend(request.script)):
             meant = tuple(request.truth[i * CHUNK_TOKENS : (i + 1) * CHUNK_TOKENS])
@@ -62,12 +62,20 @@ class SimIdentity:
 
 
 class SimEngine:
-    """One life of an engine: a scheduler process and its workers."""
+    """One life of an engine: a scheduler process and its workers.
+
+    `slot_sizes`: bytes of a chunk's slot, the usual one first; where there are two, the smaller is packed.
+    """
 
     def __init__(
-        self, world: World, name: str, slot_bytes: int, traits: Traits, connector: type[SchedulerConnector]
+        self,
+        world: World,
+        name: str,
+        slot_sizes: tuple[int, ...],
+        traits: Traits,
+        connector: type[SchedulerConnector],
     ) -> None:
-        self.world, self.name, self.slot_bytes = world, name, slot_bytes
+        self.world, self.name, self.slot_sizes = world, name, slot_sizes
         self.random = world.clock.random
         self.device_copies = self.random.random() < 0.5
         self.process = Process(world.clock)
@@ -89,7 +97,7 @@ class SimEngine:
         )
         self.scheduler = SimScheduler(self.connector, traits, self.random, self._judge)
         self._depth = traits.depth
-        self._weights = slot_bytes
+        self._weights = min(slot_sizes)
         self._numbers = itertools.count(1)
         self._input: deque[Callable[[], None]] = deque()
         self._aborts: deque[SimRequest] = deque()

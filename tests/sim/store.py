@@ -142,7 +142,7 @@ class SimStore(Process):
         """Open comes after the hello: one that arrives when its sender is gone opens nothing."""
         if not self._connections.get(engine.name, {}).get(SCHEDULER):
             return False
-        self.apply(ClientOpened(engine.name, (engine.slot_bytes,), len(engine.workers)))
+        self.apply(ClientOpened(engine.name, engine.slot_sizes, len(engine.workers)))
         self.opened.add(engine.name)
         self.offer_segments()
         return True

@@ -231,6 +231,19 @@ class GivesUpForGood(SchedulerConnector):
             super()._look_up(tracked)
 
 
+class RetriesForTheStoreBefore(SchedulerConnector):
+    """A chunk that did not fit asks another store for a raw slot, and takes it for the first one's."""
+
+    def _save_ended(self, save: Save, unpackable: bool) -> None:
+        if not unpackable or save.flushed or save.epoch == self._epoch:
+            super()._save_ended(save, unpackable)
+            return
+        self._saves.drop(save.job)
+        again = Save(next(self._numbers), save.key, self._client.slot_sizes[-1], save.blocks, save.epoch)
+        self._saves.want(again)
+        self._outbox.reserve.append(again.reservation)
+
+
 # --- and how they are caught -----------------------------------------------------------------------
 
 
@@ -278,6 +291,14 @@ def test_a_connector_that_breaks_a_promise_is_caught(
         if any(symptom in sentence for sentence in caught(seed, connector=connector)):
             return
     pytest.fail(f"{connector.__name__} went unnoticed in {SEEDS} runs")
+
+
+def test_a_slot_of_another_store_is_missed_in_the_books() -> None:
+    """No bytes tell: the worker has no such mapping. The store keeps the slot until the engine ends."""
+    for seed in range(SEEDS):
+        if any("knows of 0 jobs" in each for each in replay(seed, connector=RetriesForTheStoreBefore).wrong):
+            return
+    pytest.fail(f"it went unnoticed in {SEEDS} runs")
 
 
 def caught(

@@ -23,6 +23,7 @@ SEEN_AT_LEAST = {
     # engines
     "loaded_tokens": 10_000,
     "saved_chunks": 4000,
+    "unpackable": 500,
     "flushed": 100,
     "preempted": 100,
     "slept": 1000,

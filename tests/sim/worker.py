@@ -142,6 +142,8 @@ class SimWorker(Process):
                 done.saved[report.job] = 1
                 if not report.ok:
                     done.unsaved.add(report.job)
+                if report.does_not_fit:
+                    done.unpackable.add(report.job)
                 continue
             request_id, load = self._requests.pop(report.job)
             results.loaded.append(request_id)
@@ -189,15 +191,18 @@ class SimWorker(Process):
         world, blocks = self.engine.world, job.chunk.blocks
         whole = self.cache.read(blocks) == world.meaning[job.chunk.key]
         versions = self.cache.versions(blocks)
+        fits = not self._packed(job.chunk) or job.chunk.key[0] % 2 == 0
+        world.seen["unpackable"] += not fits
 
         def ended(copy: Copy) -> None:
             right = whole and versions == self.cache.versions(blocks)
-            copy.memory.end_write(copy.where, job.chunk.key if right else None)
+            copy.memory.end_write(copy.where, job.chunk.key if right and fits else None)
             if not right:
                 world.wrong.append(f"{self._name(job.job)} saved other bytes than its chunk's")
 
         self._running = job.job
-        if not self._begin(job.epoch, job.chunk, True, ended, lambda: self._ended(Report(job.job, ok=True))):
+        report = Report(job.job, ok=fits, does_not_fit=not fits)
+        if not self._begin(job.epoch, job.chunk, True, ended, lambda: self._ended(report)):
             self._ended(Report(job.job, ok=False))
 
     def _load(self, job: LoadJob, index: int) -> None:
@@ -273,9 +278,13 @@ class SimWorker(Process):
             self.copy.memory.break_off(self.copy.where)
         return 0.0
 
+    def _packed(self, chunk: ChunkCopy) -> bool:
+        sizes = self.engine.slot_sizes
+        return len(sizes) > 1 and chunk.nbytes == min(sizes)
+
     def _range(self, chunk: ChunkCopy) -> Range:
         engine = self.engine
-        return Range.of(chunk.segment, chunk.offset, engine.slot_bytes, self.rank, len(engine.workers))
+        return Range.of(chunk.segment, chunk.offset, chunk.nbytes, self.rank, len(engine.workers))
 
     def _name(self, job: int) -> str:
         return f"{self.engine.name}/{self.rank} (job {job}) at {self.clock.now:.4f}"

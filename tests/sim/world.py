@@ -63,6 +63,7 @@ class World:
             claim_deadline_s=CLAIM_DEADLINE_S,
         )
         self._sizes = SLOT_SIZES if self.random.random() < 0.25 else SLOT_SIZES[:1]
+        self._packs = self.random.random() < 0.4
         self.engines: list[SimEngine] = []
         self.store = self._new_store()
         for _ in range(self.random.randint(2, 3)):
@@ -93,8 +94,11 @@ class World:
     def _start_engine(self) -> None:
         name = f"engine{next(self._names)}"
         size = self.random.choice(self._sizes)
+        sizes: tuple[int, ...] = (size, size + CELL) if self._packs else (size,)
+        if self._packs and self.random.random() < 0.2:
+            sizes = sizes[::-1]  # it packs nothing itself
         traits = Traits.draw(self.random)
-        self.engines.append(SimEngine(self, name, size, traits, self._connector_type))
+        self.engines.append(SimEngine(self, name, sizes, traits, self._connector_type))
 
     def _misfortune(self) -> None:
         if self.quiet:
@@ -226,8 +230,9 @@ class World:
         """Whatever has happened before: what an engine computes in peace it loads when it is asked again."""
         client = self.store.planner.clients[engine.name]
         segments = [self.store.planner.slots.segments[segment] for segment in client.usable]
-        if sum(segment.total for segment in segments if segment.slot_bytes in client.slot_sizes) < 3:
-            return
+        for size in client.slot_sizes:
+            if sum(segment.total for segment in segments if segment.slot_bytes == size) < 3:
+                return
         script = [self.random.randrange(1000) for _ in range(3 * CHUNK_TOKENS + 2)]
         before = engine.loaded_tokens
         for _ in range(2):
