@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -122,8 +123,10 @@ class NodeStore:
         """Sizes and counters as plain data."""
         planner = self.planner
         states = {state.value: 0 for state in State}
+        sizes: Counter[int] = Counter()
         for entry in planner.catalogue:
             states[entry.state.value] += 1
+            sizes[entry.slot.nbytes] += 1
         return {
             "pid": os.getpid(),
             "epoch": self.epoch.hex(),
@@ -135,6 +138,7 @@ class NodeStore:
                 "slots_free": sum(len(segment.free) for segment in planner.slots.segments.values()),
             },
             "chunks": states,
+            "chunks_by_slot_bytes": {str(nbytes): count for nbytes, count in sorted(sizes.items())},
             "clients": [
                 {
                     "id": client.id,
