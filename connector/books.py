@@ -48,6 +48,7 @@ class Save:
     slot: Slot | None = None
     ranks_ended: int = 0
     failed: bool = False  # some rank could not write its part
+    unpackable: bool = False  # some rank's part did not fit packed
     flushed: bool = False  # its blocks were given away since it has read them
     postponed_since: float | None = None  # monotonic seconds; None: it was not
 

@@ -70,7 +70,7 @@ class DeviceCopies:
         log.error("stored chunk %s refused: %s", key.hex()[:16], mismatch)
         return Report(job.job, ok=False, failed_from=done, corrupt=key)
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         started = time.monotonic()
         reports = {job.job: Report(job.job, ok=False) for job in jobs}
         with contextlib.ExitStack() as held:
@@ -80,7 +80,7 @@ class DeviceCopies:
                 for address in self._map(held, job.epoch, [job.chunk]).values()
             ]
             try:
-                outcome = self._saves.save([chunk for _, chunk in begun], _event(after), read)
+                outcome = self._saves.save([chunk for _, chunk in begun], _event(after), covered)
             except (DeviceError, ValueError):
                 log.exception("save of %d chunks failed", len(begun))
                 return list(reports.values())

@@ -61,7 +61,7 @@ class HostCopies:
         nbytes = sum(chunk.nbytes for chunk in job.chunks)
         return Report(job.job, ok=True, nbytes=nbytes, seconds=time.monotonic() - started)
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         return [self._save(job) for job in jobs]
 
     def hold(self, stream: int) -> None:

@@ -22,12 +22,15 @@ class Copies(Protocol):
 
     def load(self, job: LoadJob, after: Fence | None) -> Report: ...
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
-        """One report for each job, in their order. `read`: for copies that `hold` knows of; see there."""
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
+        """One report for each job, in their order.
+
+        `covered` may be called before the end: once `hold` makes a stream wait for these saves, too.
+        """
         ...
 
     def hold(self, stream: int) -> None:
-        """Make the engine's device stream wait until the saves that have called `read` have read blocks."""
+        """Make this stream of the engine's device wait until all saves that are covered have read blocks."""
         ...
 
     def close(self) -> None:
@@ -74,7 +77,7 @@ class Transfer:
         self._loads: deque[Queued] = deque()
         self._saves: dict[int, Queued] = {}
         self._running: set[int] = set()
-        self._unread: set[int] = set()  # saves that run and still read their blocks
+        self._unread: set[int] = set()  # saves that run, and neither have read their blocks nor are covered
         self._reports: list[Report] = []
         self._closing = False
         self._changed = threading.Condition()
@@ -93,7 +96,7 @@ class Transfer:
             self._changed.notify_all()
 
     def flush(self, jobs: Iterable[int]) -> None:
-        """Return when these saves have read their blocks (see `Copies.hold`), which are to be overwritten."""
+        """Return when these saves have read their blocks, or are covered by `Copies.hold`."""
         wanted = set(jobs)
         if not wanted:
             return
@@ -176,15 +179,15 @@ class Transfer:
                 reports = [self._copies.load(load, after)]
             else:
                 saves = [queued.job for queued in batch if isinstance(queued.job, SaveJob)]
-                reports = self._copies.save(saves, after, lambda: self._have_read(batch))
+                reports = self._copies.save(saves, after, lambda: self._covered(batch))
         finally:
-            self._have_read(batch)
+            self._covered(batch)
             with self._changed:
                 self._running.difference_update(queued.job.job for queued in batch)
                 self._reports += reports
                 self._changed.notify_all()
 
-    def _have_read(self, batch: Sequence[Queued]) -> None:
+    def _covered(self, batch: Sequence[Queued]) -> None:
         with self._changed:
             self._unread.difference_update(queued.job.job for queued in batch)
             self._changed.notify_all()

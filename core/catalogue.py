@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -25,6 +26,7 @@ from kvstrata.core.slots import Slot
 
 # Entries that one call of `victims` looks at: a few milliseconds, less than a step of an engine.
 _LOOKED_AT_MAX = 10_000
+_LOOKED_AT_INSIDE = 16  # of a segment
 
 
 class State(enum.Enum):
@@ -118,6 +120,16 @@ class Catalogue:
     def inside(self, segment: int) -> list[Entry]:
         """The entries, in whatever state, that have their slots in `segment`."""
         return list(self._inside.get(segment, ()))
+
+    def mostly_unused_since(self, segment: int) -> float:
+        """The moment since which three quarters of what is in `segment` were not used, seconds.
+
+        One popular chunk does not keep all that lies beside it. Of many entries some are looked at.
+        """
+        inside = self._inside.get(segment, {})
+        looked_at = itertools.islice(inside, 0, None, len(inside) // _LOOKED_AT_INSIDE + 1)
+        used = sorted(entry.used for entry in looked_at)
+        return used[len(used) * 3 // 4] if used else -math.inf
 
     def hold(self, entries: Sequence[Entry], now: float = 0.0) -> None:
         """One more reader on each of `entries`, a prefix in prompt order. Counts as use."""

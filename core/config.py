@@ -40,7 +40,7 @@ class HostConfig:
     """The host pool. Memory is taken as it is needed, up to `size`, and kept."""
 
     size: int = _size(AUTO)  # "auto": a quarter of the memory available when the node store starts
-    segment_size: int = _size(AUTO)  # growth step; "auto": 1 GiB for pools of 16 GiB and more, else 256 MiB
+    segment_size: int = _size(AUTO)  # growth step; "auto": 1 GiB from a pool of 16 GiB on, else up to 256 MiB
     policy: str = _choice("lru", *POLICIES)
 
 

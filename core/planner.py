@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import inf
 
 from kvstrata.core.catalogue import Catalogue, Cause, Entry, State
 from kvstrata.core.events import (
@@ -36,7 +35,7 @@ from kvstrata.core.events import (
     WorkerDisconnected,
 )
 from kvstrata.core.policy import POLICIES
-from kvstrata.core.slots import Slot, SlotAllocator
+from kvstrata.core.slots import Segment, Slot, SlotAllocator
 
 _MAPPING_S = 10.0  # how long an engine may take to map a segment, and to register it with its device
 _GIVEN_UP_MAX = 4096
@@ -162,7 +161,6 @@ class Planner:
             return [Refused(Why.BUSY)]
         if entries:
             self.catalogue.hold(entries, now)
-            self._note_use(entries, now)
             client.leases_believed += 1
             client.leases[event.lease] = Claim(entries, now + self.limits.claim_deadline_s)
             self.counters["hit_chunks"] += len(entries)
@@ -226,7 +224,9 @@ class Planner:
         for keys in event.used:
             for slot_bytes in client.slot_sizes:
                 self.catalogue.touch(slot_bytes, keys)
-            self._note_use([used for key in keys if (used := self.catalogue.get(key))], now)
+            for key in keys:
+                if used := self.catalogue.get(key):
+                    used.used = now
         later = sum(lease > event.drawn for lease in client.leases)
         client.leases_believed, client.jobs_believed = event.leases_held + later, event.jobs_held
 
@@ -243,7 +243,6 @@ class Planner:
             self.counters[f"refused_{room.without.value}"] += 1
             return room.without
         entry = self.catalogue.reserve(key, slot, now)
-        self.slots.note_use((slot.segment,), now)
         client.jobs_believed += 1
         client.jobs[job] = Claim((entry,), now + self.limits.claim_deadline_s)
         return slot
@@ -256,23 +255,31 @@ class Planner:
     def _make_room(self, client: Client, slot_bytes: int, wanted: int, now: float) -> Iterator[bool]:
         """Each step frees room that `client` can use, up to `wanted` slots; it ends where there is no more.
 
-        What another slot size has not used for longer goes first, a whole segment of it: of a model that
-        is served no more, say. Victims are looked for once, however much one Update reserves.
+        What was not used for longest goes first, whatever its size: chunk by chunk where slots have this
+        size, by whole segments where they have another. Looked for once, however much an Update reserves.
         """
         victims = self.catalogue.victims(slot_bytes, now, wanted, client.can_reach)
-        has_segments = any(s.slot_bytes == slot_bytes for s in self.slots.segments.values())
-        oldest = victims[0].used if victims else -inf if has_segments else inf
-        if self._take_over(client, slot_bytes, oldest, now):
-            yield True
+        others = self._other_segments(client, slot_bytes)
         for entry in victims:
+            while others and others[0][0] < entry.used:
+                if self._take_over(others.pop(0)[1], slot_bytes, now):
+                    yield True
             if self.catalogue.get(entry.key) is entry and entry.may_go(now):  # not taken over meanwhile
                 self._evict(entry)
                 yield True
+        has_segments = any(s.slot_bytes == slot_bytes for s in self.slots.segments.values())
+        for unused_since, segment in others:  # all of this size is in use, or there is nothing
+            if (unused_since < now or not has_segments) and self._take_over(segment, slot_bytes, now):
+                yield True
 
-    def _note_use(self, entries: Sequence[Entry], now: float) -> None:
-        for entry in entries:
-            entry.used = now
-        self.slots.note_use({entry.slot.segment for entry in entries}, now)
+    def _other_segments(self, client: Client, slot_bytes: int) -> list[tuple[float, Segment]]:
+        """Segments of other sizes that `client` can reach, and since when they are hardly used."""
+        if self._growing:
+            return []
+        segments = self.slots.of_other_sizes(slot_bytes, client.usable)
+        unused_since = self.catalogue.mostly_unused_since
+        found = [(max(segment.since, unused_since(segment.id)), segment) for segment in segments]
+        return sorted(found, key=lambda each: (each[0], each[1].used, each[1].id))
 
     def _evict(self, entry: Entry) -> None:
         self.catalogue.drop(entry)
@@ -299,21 +306,15 @@ class Planner:
             if now < self._added.get(segment.id, now) + _MAPPING_S
         )
 
-    def _take_over(self, client: Client, slot_bytes: int, before: float, now: float) -> bool:
-        """Cut a segment of another size that was not used since `before` into slots for `client`.
-
-        None of what is in it may be in use.
-        """
-        if self._growing:
+    def _take_over(self, segment: Segment, slot_bytes: int, now: float) -> bool:
+        """Cut the segment into slots of another size, unless something in it is in use."""
+        inside = self.catalogue.inside(segment.id)
+        if segment.slot_bytes == slot_bytes or not all(entry.may_go(now) for entry in inside):
             return False
-        for segment in self.slots.unused_since(before, slot_bytes, client.usable):
-            inside = self.catalogue.inside(segment.id)
-            if all(entry.may_go(now) for entry in inside):
-                for entry in inside:
-                    self._evict(entry)
-                self.slots.reclass(segment.id, slot_bytes)
-                return True
-        return False
+        for entry in inside:
+            self._evict(entry)
+        self.slots.reclass(segment.id, slot_bytes, now)
+        return True
 
     def _register(self, event: SegmentRegistered) -> None:
         client = self.clients.get(event.client)

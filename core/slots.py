@@ -5,7 +5,7 @@ Rule of this file: a segment serves one slot size at a time and changes it only 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 
@@ -25,7 +25,7 @@ class Segment:
     id: int
     nbytes: int
     slot_bytes: int
-    last_used: float = 0.0  # when a chunk in it was written or read last; seconds, as the planner's `now`
+    since: float  # when it was cut so; seconds, as the planner's `now`
     free: list[int] = field(default_factory=list)  # indices, last in first out: warm pages first
 
     def __post_init__(self) -> None:
@@ -63,20 +63,13 @@ class SlotAllocator:
         segment = min(open_segments, key=lambda candidate: len(candidate.free))
         return Slot(segment.id, segment.free.pop() * slot_bytes, slot_bytes)
 
-    def note_use(self, segments: Iterable[int], now: float) -> None:
-        for segment in segments:
-            self.segments[segment].last_used = now
-
-    def unused_since(self, moment: float, slot_bytes: int, allowed: Container[int]) -> list[Segment]:
-        """`allowed` segments of other sizes that can hold `slot_bytes`, the one unused for longest first."""
-        found = [
+    def of_other_sizes(self, slot_bytes: int, allowed: Container[int]) -> list[Segment]:
+        """`allowed` segments that are cut otherwise and can hold `slot_bytes`."""
+        return [
             segment
             for segment in self.segments.values()
-            if segment.slot_bytes != slot_bytes <= segment.nbytes
-            and segment.last_used < moment
-            and segment.id in allowed
+            if segment.slot_bytes != slot_bytes <= segment.nbytes and segment.id in allowed
         ]
-        return sorted(found, key=lambda segment: (segment.last_used, segment.used))
 
     def give_back(self, slot: Slot) -> None:
         self.segments[slot.segment].free.append(slot.offset // slot.nbytes)
@@ -86,9 +79,9 @@ class SlotAllocator:
             len(segment.free) for segment in self.segments.values() if segment.slot_bytes == slot_bytes
         )
 
-    def reclass(self, segment_id: int, slot_bytes: int) -> None:
+    def reclass(self, segment_id: int, slot_bytes: int, now: float) -> None:
         """Cut an empty segment into slots of another size."""
         segment = self.segments[segment_id]
         if segment.used:
             raise ValueError(f"segment {segment_id} still holds {segment.used} slots")
-        self.segments[segment_id] = Segment(segment_id, segment.nbytes, slot_bytes, segment.last_used)
+        self.segments[segment_id] = Segment(segment_id, segment.nbytes, slot_bytes, now)

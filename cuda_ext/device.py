@@ -204,11 +204,11 @@ class DevicePipe:
         return done, HeaderMismatch.of(chunks[done].key) if stopped else None
 
     def save(
-        self, chunks: Sequence[Chunk], after: int, enqueued: Callable[[], None] = lambda: None
+        self, chunks: Sequence[Chunk], after: int, covered: Callable[[], None] = lambda: None
     ) -> list[DoesNotFit | None]:
         """Blocks -> slots, behind the CUDA event `after` (0: none); for each chunk why it is not stored.
 
-        `enqueued` is called once `hold` covers these chunks, or it has failed.
+        `covered` is called once `hold` covers these chunks, or it has failed.
 
         Raises:
             DeviceError: CUDA failed; the slots hold no chunks.
@@ -218,7 +218,7 @@ class DevicePipe:
             try:
                 job.save(self._native(chunks, may_skip=False), after)
             finally:
-                enqueued()
+                covered()
         outcome: list[DoesNotFit | None] = []
         for chunk, flag in zip(chunks, job.flags, strict=True):
             if flag == _ALL_GOOD:

@@ -316,8 +316,9 @@ class SchedulerConnector:
                 continue
             save.ranks_ended += ranks
             save.failed = save.failed or job in done.unsaved  # some rank's part is missing: not a chunk
+            save.unpackable = save.unpackable or job in done.unpackable
             if save.ranks_ended >= self._ranks:
-                self._save_ended(save, job in done.unpackable)
+                self._save_ended(save)
         for job, ranks in done.loaded.items():
             loading = self._loading.get(job)
             if loading is None:
@@ -335,12 +336,12 @@ class SchedulerConnector:
         if done.corrupt:
             self.stats.count("corrupt_chunks", len(done.corrupt))
 
-    def _save_ended(self, save: Save, unpackable: bool) -> None:
+    def _save_ended(self, save: Save) -> None:
         self._saves.drop(save.job)
         if save.epoch == self._epoch:
             (self._outbox.aborted if save.failed else self._outbox.committed).append(save.job)
         sizes = self._client.slot_sizes
-        if not unpackable or save.nbytes == sizes[-1] or not self._in_reach():
+        if not save.unpackable or save.nbytes == sizes[-1] or not self._in_reach():
             self.stats.count("failed_saves" if save.failed else "saved_chunks")
         elif save.flushed or save.epoch != self._epoch:  # others have its blocks, or its store is gone
             self.stats.count("lost_saves")

@@ -1,9 +1,10 @@
 """The scheduler side's client: the caller posts calls, collects answers, and never waits for the network.
 
 Updates go over gRPC, on a thread. Questions (Match) go over the side socket, on the caller's own thread:
-a thread that another one keeps from the GIL would add 10 ms to each. While the store is absent, slow or
-restarting `session` is None and the caller treats everything as a miss. Calls that fail are answered with
-`Lost`: the store may or may not have seen them, so the caller gives back by id what they might have taken.
+a thread that another one keeps from the GIL would add 10 ms to each. Those for which the socket has no room
+go over gRPC, too. While the store is absent, slow or restarting `session` is None and the caller treats
+everything as a miss. Calls that fail are answered with `Lost`: the store may or may not have seen them, so
+the caller gives back by id what they might have taken.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import queue
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +97,9 @@ class NodeClient:
         self._calls: queue.SimpleQueue[tuple[Session, Call] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[Session, Call, Answer]] = queue.SimpleQueue()
         self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable: there may be answers
-        self._lock = threading.Lock()  # of the next two
+        self._lock = threading.Lock()  # of the side connection and the next two
         self._asked: dict[int, _Asked] = {}  # by lease, oldest first
+        self._taken_in: deque[tuple[Session, Call, Answer]] = deque()  # answers that were read early
         self._closing = threading.Event()
         self._session: Session | None = None
         self._side: SideConnection | None = None
@@ -163,10 +166,14 @@ class NodeClient:
         request = pb.MatchRequest(client=call.client, lease=call.lease, keys=b"".join(call.keys))
         with self._lock:
             if self._side is not None and self._side.epoch == session.epoch:
+                self._take_in()  # or a burst of questions would fill the socket with their answers
                 try:
                     self._side.ask(request.SerializeToString())
+                except BlockingIOError:  # the store is behind with reading
+                    self._calls.put((session, call))
+                    return
                 except OSError:
-                    log.debug("the node store does not read its questions")
+                    log.debug("the node store has hung up")
                 else:
                     self._asked[call.lease] = _Asked(session, call, time.monotonic())
                     return
@@ -174,14 +181,18 @@ class NodeClient:
 
     def _read_answer(self) -> tuple[Session, Call, Answer] | None:
         with self._lock:
-            while self._side is not None and (data := self._side.answer()) is not None:
-                try:
-                    reply = pb.MatchReply.FromString(data)
-                except DecodeError:
-                    continue
-                if asked := self._asked.pop(reply.lease, None):  # or it comes too late
-                    return asked.session, asked.call, _matched(reply)
-        return None
+            self._take_in()
+            return self._taken_in.popleft() if self._taken_in else None
+
+    def _take_in(self) -> None:
+        """Read all answers that are there. The lock is held."""
+        while self._side is not None and (data := self._side.answer()) is not None:
+            try:
+                reply = pb.MatchReply.FromString(data)
+            except DecodeError:
+                continue
+            if asked := self._asked.pop(reply.lease, None):  # or it comes too late
+                self._taken_in.append((asked.session, asked.call, _matched(reply)))
 
     def _wait(self, timeout_s: float) -> None:
         """Until there may be an answer."""
@@ -316,11 +327,11 @@ class NodeClient:
                 self._session = None
                 self._lose_questions()
                 raise ConnectionResetError("the node store does not answer questions")
+            if not self._side_alive():  # looked at after each call too: a busy engine is never idle
+                raise ConnectionResetError("the node store has ended, or hung up on this engine")
             try:
                 item = self._calls.get(timeout=_IDLE_CHECK_S)
             except queue.Empty:
-                if not self._side_alive():
-                    raise ConnectionResetError("the node store has ended") from None
                 continue
             if item is None:
                 return
@@ -337,8 +348,6 @@ class NodeClient:
             self._answered(session, call, answer)
             if isinstance(answer, Refused) and answer.why is Why.UNKNOWN_CLIENT:
                 raise ConnectionResetError("the node store wants this engine to introduce itself again")
-            if isinstance(answer, Refused) and answer.why is Why.STOPPED and not self._side_alive():
-                raise ConnectionResetError("the node store has hung up on this engine")
 
     def _fail_waiting_calls(self) -> None:
         while True:

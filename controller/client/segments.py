@@ -130,6 +130,7 @@ class SideConnection:
     def close(self, bye: bool) -> None:
         """End the connection; `bye` promises that no copy of this process touches the pool any more."""
         try:
+            self._sock.setblocking(False)  # for a store that stands still the end of the process has to do
             if bye:
                 self.send({"bye": True})
             self._sock.shutdown(socket.SHUT_RDWR)

@@ -163,5 +163,5 @@ def _log_fault(growth: asyncio.Task[None]) -> None:
 def _limits(config: Config, pool_bytes: int) -> Limits:
     segment = config.host.segment_size
     if segment == AUTO:
-        segment = (1 << 30) if pool_bytes >= (16 << 30) else (256 << 20)
+        segment = (1 << 30) if pool_bytes >= (16 << 30) else min(256 << 20, pool_bytes // 4)
     return Limits(pool_bytes=pool_bytes, segment_bytes=min(segment, pool_bytes))

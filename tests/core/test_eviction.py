@@ -190,3 +190,27 @@ def test_two_sizes_in_one_update_do_not_evict_a_chunk_twice(store: Store, engine
     assert isinstance(first, Slot) and isinstance(second, Slot)
     assert second.segment == 1, "the other one has to be taken over for this to show anything"
     assert third is Why.FULL
+
+
+def test_one_popular_chunk_does_not_keep_what_lies_beside_it(store: Store, engine: Engine) -> None:
+    """Sixteen chunks to a segment, one of which is used: a model in need gets one segment after the other."""
+    store = Store(slots=64, per_segment=16)
+    old = store.engine("old")
+    for first in range(0, 64, 16):
+        old.save(*range(first, first + 16))
+    store.tick(60)
+    popular = range(0, 64, 16)
+    new = store.engine("new", slot_bytes=2 * SLOT)
+    hits = 0
+    for turn in range(40):
+        store.tick(1)
+        for number in popular:
+            old.match(number)
+        old.tell(released=tuple(old.leases))
+        wanted = 1000 + turn % 12  # more than one segment holds
+        if new.match(wanted):
+            hits += 1
+        else:
+            new.save(wanted)
+        new.tell(released=tuple(new.leases))
+    assert hits == 40 - 12

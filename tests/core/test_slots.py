@@ -86,7 +86,7 @@ def test_a_segment_is_added_once() -> None:
 
 def test_an_empty_segment_changes_its_slot_size() -> None:
     slots = allocator((1, 30, 8))
-    slots.reclass(1, 12)
+    slots.reclass(1, 12, now=1.0)
     assert (slots.free_slots(8), slots.free_slots(12)) == (0, 2)
 
 
@@ -94,4 +94,4 @@ def test_a_segment_in_use_keeps_its_slot_size() -> None:
     slots = allocator((1, 16, 8))
     assert slots.take(8, {1}) is not None
     with pytest.raises(ValueError, match="still holds 1 slots"):
-        slots.reclass(1, 16)
+        slots.reclass(1, 16, now=1.0)

@@ -38,10 +38,10 @@ class _PickyPipe:
         self.hold, self.close = pipe.hold, pipe.close
 
     def save(
-        self, chunks: Sequence[Chunk], after: int, enqueued: Callable[[], None]
+        self, chunks: Sequence[Chunk], after: int, covered: Callable[[], None]
     ) -> list[DoesNotFit | None]:
         fit = [chunk for chunk in chunks if chunk.way or not chunk.key[0] % 2]
-        outcome = iter(self._pipe.save(fit, after, enqueued))
+        outcome = iter(self._pipe.save(fit, after, covered))
         return [next(outcome) if chunk in fit else DoesNotFit(0) for chunk in chunks]
 
 

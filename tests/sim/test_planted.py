@@ -234,9 +234,9 @@ class GivesUpForGood(SchedulerConnector):
 class RetriesForTheStoreBefore(SchedulerConnector):
     """A chunk that did not fit asks another store for a raw slot, and takes it for the first one's."""
 
-    def _save_ended(self, save: Save, unpackable: bool) -> None:
-        if not unpackable or save.flushed or save.epoch == self._epoch:
-            super()._save_ended(save, unpackable)
+    def _save_ended(self, save: Save) -> None:
+        if not save.unpackable or save.flushed or save.epoch == self._epoch:
+            super()._save_ended(save)
             return
         self._saves.drop(save.job)
         again = Save(next(self._numbers), save.key, self._client.slot_sizes[-1], save.blocks, save.epoch)
