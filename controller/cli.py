@@ -90,13 +90,20 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _port(text: str) -> int:
+    """The first of three. Raises ArgumentTypeError."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65533:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: 1 to 65533")
+    return int(text)
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--gpu", action="store_true", help="the vLLM of this Python runs on a GPU")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="a chat model; without it SmolLM2-135M-Instruct is made"
     )
-    parser.add_argument("--port", type=int, metavar="N", help="first port to use; without it, free ones")
+    parser.add_argument("--port", type=_port, metavar="N", help="first port to use; without it, free ones")
     parser.add_argument("--quick", action="store_true", help="fewer questions: faster, less exact")
     parser.add_argument("--keep", action="store_true", help="keep the engines' logs")
 

@@ -201,7 +201,7 @@ def _stats_text(paths: RuntimePaths, tree: dict[str, Any]) -> str:
         f"{_share(pool['slots'] - pool['slots_free'], pool['slots'], 'slots in use')}",
         "chunks": ", ".join(f"{n:,} {word}" for word, n in chunks.items() if n or word == "stored"),
         "lookups": f"{counters.pop('lookups', 0):,} since the start, "
-        f"{_share(counters.pop('hit_chunks', 0), counters.pop('lookup_chunks', 0), 'chunks found')}",
+        + _share(counters.pop("hit_chunks", 0), counters.pop("lookup_chunks", 0), "chunks found in the pool"),
         "saves": f"{counters.pop('committed_chunks', 0):,} chunks saved since the start"
         + "".join(f", {counters.pop(name):,} {word}" for name, word in _LOSSES.items() if counters[name]),
         "also": _counts({name: count for name, count in counters.items() if count}),

@@ -92,7 +92,7 @@ def _check_private(folder: Path, group: str) -> None:
     status = folder.stat(follow_symlinks=False)
     mode = stat.S_IMODE(status.st_mode)
     if not stat.S_ISDIR(status.st_mode):
-        raise NodeUnavailable(f"{folder} is not a folder; remove it or set node.runtime_dir")
+        raise NodeUnavailable(f"{folder} is not a folder: set node.runtime_dir to one, or to a free name")
     allowed_groups = {group_id(group)} if group else set()
     if status.st_uid != os.getuid() and status.st_gid not in allowed_groups:
         raise NodeUnavailable(

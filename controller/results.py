@@ -241,13 +241,13 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------ for people
 
 
-def readable(value: Value) -> str:
+def readable(value: Value, digits: int = 3) -> str:
     """A figure's value with three digits that matter, e.g. 0.127, 1.38, 1,240,000, yes."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"
 
 
 def markdown_table(results: Iterable[Result]) -> str:
@@ -256,7 +256,8 @@ def markdown_table(results: Iterable[Result]) -> str:
     devices: dict[str, list[str]] = {}
     for result in results:
         for figure in result.figures:
-            value = f"{readable(figure.value)} {figure.unit}".rstrip()
+            hides = _goal_text(figure).endswith(f" {readable(figure.value)}")
+            value = f"{readable(figure.value, 5 if hides else 3)} {figure.unit}".rstrip()
             met = {None: "", True: "yes", False: "**no**"}[figure.met]
             lines.append(f"| `{figure.name}` | {value} | {_goal_text(figure)} | {met} |")
         on = ", ".join(f"{name} {version}" for name, version in result.versions.items())

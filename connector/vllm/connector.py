@@ -59,6 +59,12 @@ class KVStrataConnector(KVConnectorBase_V1):
         codec = CODEC_PACKED if packs else CODEC_RAW
         layout = chunk_layout(kv_cache_config, config.chunk.tokens, codec=codec).ways[0]
         block_tokens = single_group(kv_cache_config).kv_cache_spec.block_size
+        if layout.chunk_tokens != config.chunk.tokens and role is KVConnectorRole.SCHEDULER:
+            log.info(
+                "kvstrata: chunks of %d tokens, the next multiple of vLLM's block size (chunk.tokens is %d)",
+                layout.chunk_tokens,
+                config.chunk.tokens,
+            )
         client = instance_id(vllm_config)
         self._scheduler: SchedulerConnector | None = None
         self._worker: WorkerConnector | None = None

@@ -50,6 +50,13 @@ class Scheduled:
     computed: int  # tokens, once the step is over
 
 
+def targets_of(blocks: list[int], start: int, end: int, block_tokens: int, count: int) -> tuple[int, ...]:
+    """Where a load puts the first `count` blocks: -1 for those outside tokens [start, end), which are shared,
+    or computed, or not there yet.
+    """
+    return tuple(blocks[i] if start <= i * block_tokens < end else -1 for i in range(count))
+
+
 def scheduled(output: SchedulerOutput) -> Iterator[Scheduled]:
     """Every request that a step computes."""
     tokens = output.num_scheduled_tokens

@@ -20,7 +20,7 @@ from kvstrata.connector.lookups import Lookup, LookupBook, LookupStage
 from kvstrata.connector.vllm.compat import all_tokens, is_streaming_input, prompt_tokens, skips_prefix_cache
 from kvstrata.connector.vllm.identity import Identity
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
-from kvstrata.connector.vllm.requests import Loading, Tracked, scheduled, taken_blocks
+from kvstrata.connector.vllm.requests import Loading, Tracked, scheduled, taken_blocks, targets_of
 from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import Answer, Call, Lost, NodeClient
 from kvstrata.core.config import ClientConfig
@@ -104,7 +104,10 @@ class SchedulerConnector:
         session = self._client.session
         keys = tracked.chain.keys
         tracked.asked = time.monotonic()
-        if session is None or not tracked.may_load or not keys:
+        if not tracked.may_load or not keys:
+            return
+        if session is None:
+            self.stats.count("unasked_lookups")
             return
         self._follow(session.epoch)
         if self._lookups.unanswered >= _UNANSWERED_MAX:
@@ -192,11 +195,11 @@ class SchedulerConnector:
         end = self._loadable(tracked)
         start = end - external
         first_chunk = start // self._chunk_tokens
-        keys = tracked.chain.keys
+        per_chunk = self._chunk_tokens // self._block_tokens
+        count = len(lookup.slots) * per_chunk
+        keys, targets = tracked.chain.keys, targets_of(blocks, start, end, self._block_tokens, count)
         chunks = [
-            ChunkCopy(
-                keys[i], slot.segment, slot.offset, slot.nbytes, self._chunk_blocks(blocks, i, start, end)
-            )
+            ChunkCopy(keys[i], slot.segment, slot.offset, slot.nbytes, targets[i * per_chunk :][:per_chunk])
             for i, slot in enumerate(lookup.slots)
             if first_chunk <= i and i * self._chunk_tokens < end
         ]
@@ -206,12 +209,6 @@ class SchedulerConnector:
         self._loading[job] = Loading(request.request_id, lookup.lease, lookup.epoch, first_chunk, external)
         self._lookups.end(lookup)
         tracked.lookup = None
-
-    def _chunk_blocks(self, blocks: list[int], chunk: int, start: int, end: int) -> tuple[int, ...]:
-        """Block ids of `chunk`; -1 for blocks outside tokens [start, end): shared, or yet to be computed."""
-        size, per_chunk = self._block_tokens, self._chunk_tokens // self._block_tokens
-        indices = range(chunk * per_chunk, (chunk + 1) * per_chunk)
-        return tuple(blocks[i] if start <= i * size < end else -1 for i in indices)
 
     # --- 4. each step: save what is complete, protect what is under way ----------------------
 

@@ -17,6 +17,7 @@ COUNTERS = {
     "lookups": "Lookups that the node store answered",
     "lookups_cut_short": "Of these, lookups that ended at a chunk which was just being written",
     "slow_lookups": "Lookups given up because the answer came too late",
+    "unasked_lookups": "Requests that were not looked up because no node store was in reach",
     "bypassed_requests": "Requests that cannot be cached",
     "loaded_tokens": "Prompt tokens loaded instead of computed",
     "failed_loads": "Loads that failed; their requests were recomputed",

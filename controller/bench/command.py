@@ -30,7 +30,15 @@ def bench(options: argparse.Namespace) -> int:
     """Exit status 1 if an answer or a byte was wrong."""
     if importlib.util.find_spec("torch") is None:
         raise CannotMeasure(f"{sys.executable} has no torch: use the Python that has vLLM")
+    if not _has_gpu():
+        raise CannotMeasure(f"no CUDA GPU that the torch of {sys.executable} can use")
     return _serve(options) if options.what == "serve" else _copy(options)
+
+
+def _has_gpu() -> bool:
+    """Asked in a process of its own: one that has used a GPU holds some of its memory."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def copied() -> dict[str, Any]:

@@ -252,7 +252,7 @@ class NodeClient:
             if not self._config.node.autostart:
                 raise NodeUnavailable(
                     f"no node store at {paths.folder} and node.autostart is off: "
-                    "start one with `kvstrata node`"
+                    f"start one with `kvstrata node --runtime-dir {paths.folder}`"
                 ) from None
             if time.monotonic() - self._last_start > _AUTOSTART_EVERY_S:
                 self._last_start = time.monotonic()
@@ -298,7 +298,8 @@ class NodeClient:
             raise NodeUnavailable(
                 "the running node store was started with other settings: "
                 + "; ".join(reply.conflicts)
-                + ". Set them alike, or use another node.runtime_dir"
+                + ". Set them alike, or end the running one (kvstrata node --stop: what it stores is lost), "
+                "or use another node.runtime_dir"
             )
         if why_from_wire(reply.refused) is Why.POOL_TOO_SMALL:
             raise NodeUnavailable(
@@ -389,6 +390,9 @@ class NodeClient:
             if time.monotonic() - self._down_since < _START_PATIENCE_S:
                 return
             text = f"no node store answers in {self._folder}; its node.log says why"
+        if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            seconds = self._config.client.call_deadline
+            text = f"the node store in {self._folder} did not answer within {seconds:g} s; it is asked again"
         if text != self._last_trouble:
             self._last_trouble = text or ""
             self._notify(f"kvstrata is not used for now, every lookup is a miss: {text}")

@@ -117,6 +117,9 @@ def _notes(outcome: Outcome) -> list[str]:
         "prompt tokens.",
         "As plain vLLM: the same tokens and logprobs, bit for bit, as without kvstrata.",
     ]
+    missed = [figure.name for figure in figures(outcome) if figure.goal == _GOAL_RATIO and not figure.met]
+    verdict = f"missed by {', '.join(missed)}" if missed else "met"
+    notes.append(f"Goal for host hits, {_GOAL_RATIO} of cold: {verdict}.")
     if control_differs(outcome):
         notes.append("Negative control: an engine that loads zeros instead gave other answers, every time.")
     else:

@@ -103,7 +103,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
         return pb.CheckReply(problems=self._store.problems(), json=json.dumps(self._store.stats()))
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: Context) -> pb.ShutdownReply:
-        ending = request.force or not self._store.side.live
+        ending = request.force or not self._store.side.serves
         if ending:
             self._store.ending.set()
         return pb.ShutdownReply(ending=ending)

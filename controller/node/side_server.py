@@ -123,6 +123,11 @@ class SideServer:
         """Connections that are open."""
         return sum(connection.open for group in self.connections.values() for connection in group)
 
+    @property
+    def serves(self) -> bool:
+        """Whether an engine is connected that was not refused."""
+        return any(member.open for client in self.opened for member in self.connections.get(client, ()))
+
     def has_scheduler(self, client: str) -> bool:
         """Whether the scheduler side of `client` is connected."""
         group = self.connections.get(client, ())

@@ -17,15 +17,15 @@ import psutil
 import pytest
 
 from kvstrata.controller import cli, cli_node
-from kvstrata.controller.client.segments import SideConnection
+from kvstrata.controller.client import NodeClient
 from kvstrata.controller.demo import command, engines
 from kvstrata.controller.demo.document import QUESTIONS, documents
 from kvstrata.controller.demo.engines import EngineFailed, Fleet
 from kvstrata.controller.demo.progress import Progress
 from kvstrata.controller.paths import RuntimePaths
 from kvstrata.controller.results import TABLE_BEGIN, TABLE_END, Figure, measured
-from kvstrata.controller.side import Hello
 from kvstrata.core.catalogue import State
+from kvstrata.core.config import build_config
 
 KVSTRATA = [sys.executable, "-m", "kvstrata.controller.cli"]
 START_S = 20.0
@@ -150,7 +150,7 @@ def test_stats_are_told_in_plain_words(
         f"node store 7 in {runtime_dir}",
         "  pool      1.0 GiB of up to 4.0 GiB taken (25%), 300 of 1,000 slots in use (30%)",
         "  chunks    298 stored, 2 being written",
-        "  lookups   12 since the start, 50 of 80 chunks found (62%)",
+        "  lookups   12 since the start, 50 of 80 chunks found in the pool (62%)",
         "  saves     3,200 chunks saved since the start, 20 evicted, 5 refused for want of room",
         "  also      3 reclaimed claims",
         "  engines   1",
@@ -164,7 +164,7 @@ def test_a_new_node_store_has_stats(
 ) -> None:
     status, text, _ = run(capsys, "stats", "--runtime-dir", runtime_dir)
     assert status == 0
-    assert "lookups   0 since the start, 0 of 0 chunks found\n" in text
+    assert "lookups   0 since the start, 0 of 0 chunks found in the pool\n" in text
     assert "saves     0 chunks saved since the start\n" in text
     assert "also" not in text
 
@@ -176,14 +176,16 @@ def test_every_state_of_a_chunk_has_a_word() -> None:
 def test_a_node_store_in_use_ends_only_by_force(
     node: subprocess.Popen[bytes], runtime_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = SideConnection(RuntimePaths(runtime_dir).side, Hello("an engine", "scheduler", 0))
+    tree = {"node": {"runtime_dir": str(runtime_dir), "autostart": False}}
+    engine = NodeClient(build_config(("test", tree)), "an engine", (1 << 20,), 1)
+    wait_until(lambda: engine.session, "the engine is served")
     status, _, error = run(capsys, "node", "--stop", "--runtime-dir", runtime_dir)
     assert status == 1
     assert "engines are connected" in error
     assert node.poll() is None
     assert run(capsys, "node", "--stop", "--force", "--runtime-dir", runtime_dir)[0] == 0
     assert node.wait(START_S) == 0
-    engine.close(bye=False)
+    engine.close()
 
 
 def test_problems_are_printed_and_exit_with_1(

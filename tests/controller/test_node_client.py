@@ -42,7 +42,7 @@ def test_without_a_store_everything_is_a_miss_and_it_is_said_once(
     assert engine.client.collect() is None
     (trouble,) = engine.troubles
     assert f"no node store at {config.node.runtime_dir} and node.autostart is off" in trouble
-    assert "start one with `kvstrata node`" in trouble
+    assert f"start one with `kvstrata node --runtime-dir {config.node.runtime_dir}`" in trouble
 
 
 def test_a_store_is_started_when_there_is_none(runtime_dir: Path, engines: StartEngine) -> None:

@@ -17,8 +17,7 @@ import pytest
 
 from kvstrata.controller.client import Lost, MappedSegment, NodeClient
 from kvstrata.core.config import as_tree
-from kvstrata.core.events import Match, Matched, Refused, Update, Why
-from kvstrata.core.slots import Slot
+from kvstrata.core.events import Match, Matched, Refused, Why
 from tests.conftest import REPO
 from tests.controller.stores import (
     MIB,
@@ -120,58 +119,6 @@ def test_an_engine_whose_worker_comes_back_is_served_again(
     wait_for("it to be introduced again", lambda: not is_stopped(store, "returning"))
     wait_for("it to map the pool again", lambda: (store.engine("returning") or {}).get("usable_segments"))
     assert engine.match(key(22)) != Matched((), being_written=False)
-
-
-def test_a_busy_engine_that_was_hung_up_on_comes_back(node_store: StartStore, engines: StartEngine) -> None:
-    """It is never idle: an Update goes out as soon as the one before it is answered."""
-    store = node_store()
-    engine = engines(store.config, "busy")
-    engine.reserve(key(24))
-    side = engine.client._side
-    assert side is not None
-    side._sock.send(b"not a message")
-    wait_for("the store to hang up", lambda: is_stopped(store, engine.name), SECONDS)
-
-    def served() -> bool:
-        (grant,) = busy_update(engine, key(25))
-        return isinstance(grant, Slot)
-
-    wait_for("it to be served again", served, 5.0)
-    engine.update(committed=list(engine.jobs))
-    assert len(getattr(engine.match(key(24)), "slots", ())) == 1
-
-
-def busy_update(engine: Engine, wanted: bytes) -> list[Slot | Why]:
-    """An Update whose answer may get lost with the connection."""
-    job = engine.number()
-    call = Update(engine.name, engine.client.next_seq(), reserve=((job, wanted, engine.slot_bytes),))
-    engine.client.post(engine.session(), call)
-    while (got := engine.client.collect(5.0)) is not None and got[1] is not call:
-        pass
-    grants = list(getattr(got and got[2], "grants", [Why.OTHER]))
-    if isinstance(grants[0], Slot):
-        engine.jobs[job] = wanted
-    return grants
-
-
-@pytest.mark.parametrize("keys", [760, 1500])
-def test_a_burst_of_long_hits_is_answered(node_store: StartStore, engines: StartEngine, keys: int) -> None:
-    """More questions, and longer answers, than sockets hold, and nobody reads between them."""
-    store = node_store(host={"size": 16 * MIB, "segment_size": 16 * MIB})
-    engine = engines(store.config, "burst", slot_bytes=4096)
-    document = [key(1000 + i) for i in range(keys)]
-    engine.reserve(document[0])
-    assert all(isinstance(grant, Slot) for grant in engine.update(reserve=document[1:]))
-    engine.update(committed=list(engine.jobs))
-    session = engine.session()
-    for _ in range(32):
-        lease = engine.number()
-        engine.client.post(session, Match(engine.name, engine.client.next_seq(), lease, tuple(document)))
-    found = []
-    while len(found) < 32 and (got := engine.client.collect(5.0)):
-        found.append(len(getattr(got[2], "slots", ())))
-    assert found == [keys] * 32
-    assert engine.client.session == session
 
 
 def test_a_bye_frees_everything_though_a_connection_once_broke(

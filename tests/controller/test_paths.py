@@ -105,8 +105,9 @@ def test_a_link_to_nowhere_is_not_followed(runtime_dir: Path) -> None:
 
 def test_a_file_in_its_place_is_refused(runtime_dir: Path) -> None:
     (runtime_dir / "file").touch()
-    assert f"{runtime_dir / 'file'} is not a folder; remove it or set node.runtime_dir" in refused(
-        runtime_dir / "file"
+    assert (
+        f"{runtime_dir / 'file'} is not a folder: set node.runtime_dir to one, or to a free name"
+        in refused(runtime_dir / "file")
     )
 
 

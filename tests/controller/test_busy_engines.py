@@ -1,0 +1,79 @@
+"""Engines that never rest, that ask a lot at once, or that were refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvstrata.controller.cli_node import stop
+from kvstrata.core.events import Match, Update, Why
+from kvstrata.core.slots import Slot
+from tests.controller.stores import MIB, Engine, RunningStore, config_for, key, wait_for
+
+StartStore = Callable[..., RunningStore]
+StartEngine = Callable[..., Engine]
+
+
+def test_a_busy_engine_that_was_hung_up_on_comes_back(node_store: StartStore, engines: StartEngine) -> None:
+    """It is never idle: an Update goes out as soon as the one before it is answered."""
+    store = node_store()
+    engine = engines(store.config, "busy")
+    engine.reserve(key(24))
+    side = engine.client._side
+    assert side is not None
+    side._sock.send(b"not a message")
+    wait_for("the store to hang up", lambda: (store.engine(engine.name) or {}).get("stopped"))
+
+    def served() -> bool:
+        (grant,) = busy_update(engine, key(25))
+        return isinstance(grant, Slot)
+
+    wait_for("it to be served again", served, 5.0)
+    engine.update(committed=list(engine.jobs))
+    assert len(getattr(engine.match(key(24)), "slots", ())) == 1
+
+
+def busy_update(engine: Engine, wanted: bytes) -> list[Slot | Why]:
+    """An Update whose answer may get lost with the connection."""
+    job = engine.number()
+    call = Update(engine.name, engine.client.next_seq(), reserve=((job, wanted, engine.slot_bytes),))
+    engine.client.post(engine.session(), call)
+    while (got := engine.client.collect(5.0)) is not None and got[1] is not call:
+        pass
+    grants = list(getattr(got and got[2], "grants", [Why.OTHER]))
+    if isinstance(grants[0], Slot):
+        engine.jobs[job] = wanted
+    return grants
+
+
+def test_an_engine_that_was_refused_does_not_keep_the_store(node_store: StartStore) -> None:
+    """It has other settings, goes on asking, and its user has to end the store."""
+    store = node_store()
+    other = config_for(store.paths.folder, host={"size": 32 * MIB, "segment_size": 32 * MIB})
+    refused = Engine(other, "other settings")
+    wait_for("it to be refused", lambda: refused.troubles)
+    assert "kvstrata node --stop" in refused.troubles[0]
+    stop(store.paths, force=False)
+    assert not store.running
+    refused.close()
+
+
+@pytest.mark.parametrize("keys", [760, 1500])
+def test_a_burst_of_long_hits_is_answered(node_store: StartStore, engines: StartEngine, keys: int) -> None:
+    """More questions, and longer answers, than sockets hold, and nobody reads between them."""
+    store = node_store(host={"size": 16 * MIB, "segment_size": 16 * MIB})
+    engine = engines(store.config, "burst", slot_bytes=4096)
+    document = [key(1000 + i) for i in range(keys)]
+    engine.reserve(document[0])
+    assert all(isinstance(grant, Slot) for grant in engine.update(reserve=document[1:]))
+    engine.update(committed=list(engine.jobs))
+    session = engine.session()
+    for _ in range(32):
+        lease = engine.number()
+        engine.client.post(session, Match(engine.name, engine.client.next_seq(), lease, tuple(document)))
+    found = []
+    while len(found) < 32 and (got := engine.client.collect(5.0)):
+        found.append(len(getattr(got[2], "slots", ())))
+    assert found == [keys] * 32
+    assert engine.client.session == session
