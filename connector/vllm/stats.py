@@ -29,6 +29,8 @@ COUNTERS = {
     "saves_out_of_reach": "Chunks given up because the node store went out of reach",
     "bytes_loaded": "Bytes copied from the host pool",
     "bytes_saved": "Bytes copied to the host pool",
+    "chunks_moved_by_cpu": "Chunks copied by the processor, engines on CPUs",
+    "chunks_moved_by_cuda": "Chunks copied by kernels and the copy engine, through staging memory",
     "load_seconds": "Seconds spent copying from the host pool",
     "save_seconds": "Seconds spent copying to the host pool",
     **{f"lookup_{why.value}": f"Lookups that the node store refused: {why.value}" for why in Why},

@@ -47,6 +47,7 @@ class WorkerConnector:
         self._transfer: Transfer | None = None
         self._copies: Copies | None = None
         self._device = torch.device("cpu")
+        self._moved = "chunks_moved_by_cpu"  # counts what the copies of this device do
         self._loads: dict[int, tuple[str, LoadJob]] = {}
         self._done = WorkDone()
         self._bad_blocks: set[int] = set()
@@ -62,6 +63,7 @@ class WorkerConnector:
         self._device = next(iter(caches.values())).device
         copies = self.make_copies(cache, caches)
         self._copies = copies
+        self._moved = f"chunks_moved_by_{self._device.type}"
         if self._device.type == "cpu":
             self._transfer = Transfer(copies, [Role.ANY] * self._config.client.copy_threads)
         else:  # each second thread has the next job ready while the first waits for its last bytes
@@ -72,6 +74,7 @@ class WorkerConnector:
         """What moves chunks between the engine's cache and slots."""
         node, ways = self._config.node, self._layout.ways
         if self._device.type == "cpu":
+            log.info("kvstrata: copies by the processor, %d at a time", self._config.client.copy_threads)
             self._segments = worker_segments(node, self._client, self._rank)
             return HostCopies({way.slot_bytes: CopyEngine(way, cache) for way in ways}, self._segments)
         device, staging = self._device.index or 0, self._config.client.staging
@@ -131,6 +134,7 @@ class WorkerConnector:
     def _load_ended(self, report: Report) -> str:
         request_id, load = self._loads.pop(report.job)
         self._done.loaded[report.job] = 1
+        self.stats.count(self._moved, len(load.chunks) if report.ok else report.failed_from)
         self.stats.count("bytes_loaded", report.nbytes)
         self.stats.count("load_seconds", report.seconds)
         if not report.ok:
@@ -148,6 +152,7 @@ class WorkerConnector:
         if report.does_not_fit:
             self._done.unpackable.add(report.job)
             self.stats.count("unpackable_chunks")
+        self.stats.count(self._moved, report.ok)
         self.stats.count("bytes_saved", report.nbytes)
         self.stats.count("save_seconds", report.seconds)
 
