@@ -22,7 +22,7 @@ class _ZeroedLoads:
     def __init__(self, copies: Copies, caches: Mapping[str, torch.Tensor]) -> None:
         self._copies, self._caches = copies, caches
 
-    def save(self, jobs: Sequence[SaveJob], after: Fence | None, read: Callable[[], None]) -> list[Report]:
+    def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         return self._copies.save(jobs, after, read)
 
     def hold(self, stream: int) -> None:

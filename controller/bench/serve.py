@@ -276,6 +276,8 @@ def figures(plan: Plan, outcome: Outcome) -> list[Figure]:
     add("hits_at_once_vs_pcie", statistics.median(rates), "", ">= 1.15" if packed else None)
     decode = ours.decode
     add("decode_p99_ratio", decode["host"]["p99_ms"] / decode["gpu"]["p99_ms"], "", "<= 1.15")
+    if "plain" in outcome.arms:  # they start at the same time, side by side
+        add("start_longer_s", ours.ready_s - outcome.arms["plain"].ready_s, "s", "<= 2")
     if outcome.cold:
         cold = [ours / plain for plain, ours in outcome.cold["kvstrata"]]
         add("cold_ratio", statistics.median(cold))
