@@ -23,7 +23,7 @@ class _ZeroedLoads:
         self._copies, self._caches = copies, caches
 
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
-        return self._copies.save(jobs, after, read)
+        return self._copies.save(jobs, after, covered)
 
     def hold(self, stream: int) -> None:
         self._copies.hold(stream)

@@ -345,10 +345,10 @@ class EarlyReader:
     def load(self, job: LoadJob, after: object) -> Report:
         raise AssertionError("nothing is loaded here")
 
-    def save(self, jobs: Sequence[SaveJob], after: object, read: Callable[[], None]) -> list[Report]:
+    def save(self, jobs: Sequence[SaveJob], after: object, covered: Callable[[], None]) -> list[Report]:
         self.order += [job.job for job in jobs]
         assert self.read.wait(SOON_S)
-        read()
+        covered()
         assert self.written.wait(SOON_S)
         return [Report(job.job, ok=True) for job in jobs]
 
@@ -398,10 +398,10 @@ def test_what_is_flushed_out_of_turn_still_waits_for_the_newest_event() -> None:
     copies = EarlyReader()
     seen: list[object] = []
 
-    def save_all(jobs: Sequence[SaveJob], after: object, read: Callable[[], None]) -> list[Report]:
+    def save_all(jobs: Sequence[SaveJob], after: object, covered: Callable[[], None]) -> list[Report]:
         seen.append(([job.job for job in jobs], after))
         copies.written.wait(SOON_S)
-        read()
+        covered()
         return [Report(job.job, ok=True) for job in jobs]
 
     copies.save = save_all  # type: ignore[method-assign]
