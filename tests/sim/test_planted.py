@@ -6,6 +6,7 @@ Without it, hundreds of quiet seeds would prove nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.sim.world import replay
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 SEEDS = 200
 
@@ -140,8 +142,17 @@ class LoadsOverSaves(SchedulerConnector):
 class LoadsSharedBlocks(SchedulerConnector):
     """A load also writes the blocks that the prefix cache has found."""
 
-    def _chunk_blocks(self, blocks: list[int], chunk: int, start: int, end: int) -> tuple[int, ...]:
-        return super()._chunk_blocks(blocks, chunk, 0, end)
+    def after_alloc(self, request: Request, blocks: list[int], external: int) -> None:
+        before = len(self._new_loads)
+        super().after_alloc(request, blocks, external)
+        if len(self._new_loads) > before:
+            request_id, load = self._new_loads.pop()
+            number = self._loading[load.job].first_chunk
+            (first, *rest), per_chunk = load.chunks, self._chunk_tokens // self._block_tokens
+            own = blocks[number * per_chunk : (number + 1) * per_chunk]
+            shared = next(i for i, block in enumerate(first.blocks) if block >= 0)
+            first = replace(first, blocks=(*own[:shared], *first.blocks[shared:]))
+            self._new_loads.append((request_id, replace(load, chunks=(first, *rest))))
 
 
 class KeepsOldBlocks(SchedulerConnector):
