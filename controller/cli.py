@@ -118,7 +118,6 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--arms",
         nargs="+",
-        default=["plain", "kvstrata", "offload", "lmcache"],
         metavar="ARM",
         help="engines to compare, all at once on one GPU (plain kvstrata offload lmcache); each takes 18 GiB"
         " of its memory and --kv-gib. Ours may have settings: kvstrata:client.save=false,client.packing=off",

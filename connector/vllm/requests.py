@@ -50,11 +50,11 @@ class Scheduled:
     computed: int  # tokens, once the step is over
 
 
-def targets_of(blocks: list[int], start: int, end: int, block_tokens: int, count: int) -> tuple[int, ...]:
-    """Where a load puts the first `count` blocks: -1 for those outside tokens [start, end), which are shared,
-    or computed, or not there yet.
+def targets_of(blocks: list[int], indices: range, loaded: range) -> tuple[int, ...]:
+    """Where a load puts the blocks `indices` of a request: -1 for all but the `loaded`
+    ones, as they are shared, or yet to be computed, or not there.
     """
-    return tuple(blocks[i] if start <= i * block_tokens < end else -1 for i in range(count))
+    return tuple(blocks[i] if i in loaded else -1 for i in indices)
 
 
 def scheduled(output: SchedulerOutput) -> Iterator[Scheduled]:

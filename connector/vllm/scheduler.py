@@ -195,14 +195,13 @@ class SchedulerConnector:
         end = self._loadable(tracked)
         start = end - external
         first_chunk = start // self._chunk_tokens
-        per_chunk = self._chunk_tokens // self._block_tokens
-        count = len(lookup.slots) * per_chunk
-        keys, targets = tracked.chain.keys, targets_of(blocks, start, end, self._block_tokens, count)
-        chunks = [
-            ChunkCopy(keys[i], slot.segment, slot.offset, slot.nbytes, targets[i * per_chunk :][:per_chunk])
-            for i, slot in enumerate(lookup.slots)
-            if first_chunk <= i and i * self._chunk_tokens < end
-        ]
+        keys, per_chunk = tracked.chain.keys, self._chunk_tokens // self._block_tokens
+        loaded = range(-(-start // self._block_tokens), end // self._block_tokens)
+        chunks = []
+        for i in range(first_chunk, -(-end // self._chunk_tokens)):
+            slot, of_chunk = lookup.slots[i], range(i * per_chunk, (i + 1) * per_chunk)
+            targets = targets_of(blocks, of_chunk, loaded)
+            chunks.append(ChunkCopy(keys[i], slot.segment, slot.offset, slot.nbytes, targets))
         job = next(self._numbers)
         load = LoadJob(job, lookup.epoch, tuple(chunks), lookup.asked + self._config.load_deadline)
         self._new_loads.append((request.request_id, load))

@@ -86,12 +86,13 @@ def _copy(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise CannotMeasure(f"{sys.executable} has no vLLM: use the Python that has it")
-    for arm in options.arms:
+    asked = options.arms or ARMS
+    for arm in asked:
         if arm not in ARMS and not arm.startswith("kvstrata:"):
             raise CannotMeasure(f"--arms {arm}: choose from {', '.join(ARMS)}, or kvstrata:KEY=VALUE,...")
-    if "kvstrata" not in options.arms:
+    if "kvstrata" not in asked:
         raise CannotMeasure("--arms: kvstrata itself is missing; figures are about it")
-    arms = [arm for arm in options.arms if arm != "lmcache" or importlib.util.find_spec("lmcache")]
+    arms = [arm for arm in asked if arm != "lmcache" or importlib.util.find_spec("lmcache")]
     plan = serve.Plan(options.runner, arms, options.pool_gib, options.kv_gib, options.kv_dtype)
     pcie = pinned_to_device()
     serve.say(f"one large pinned copy: {pcie:.1f} GB/s")

@@ -119,11 +119,6 @@ class SideServer:
                     _hang_up(connection)
 
     @property
-    def live(self) -> int:
-        """Connections that are open."""
-        return sum(connection.open for group in self.connections.values() for connection in group)
-
-    @property
     def serves(self) -> bool:
         """Whether an engine is connected that was not refused."""
         return any(member.open for client in self.opened for member in self.connections.get(client, ()))
