@@ -129,7 +129,11 @@ class Catalogue:
         inside = self._inside.get(segment, {})
         looked_at = itertools.islice(inside, 0, None, len(inside) // _LOOKED_AT_INSIDE + 1)
         used = sorted(entry.used for entry in looked_at)
-        return used[len(used) * 3 // 4] if used else -math.inf
+        if len(used) < 2:
+            return used[0] if used else -math.inf
+        # Three quarters of two or three, rounded up, would be all: there the newest is left out, too.
+        oldest = min(math.ceil(len(used) * 3 / 4), len(used) - 1)
+        return used[oldest - 1]
 
     def hold(self, entries: Sequence[Entry], now: float = 0.0) -> None:
         """One more reader on each of `entries`, a prefix in prompt order. Counts as use."""

@@ -134,13 +134,14 @@ def test_a_model_in_use_keeps_its_segments_while_another_reuses_its_own(store: S
     store.tick(60)
     large = store.engine("large", slot_bytes=2 * SLOT)
     large.save(101, 102)  # one segment changes hands: the pool has no other room
-    (kept,) = [number for number in (1, 5) if engine.match(number)]
+    half = 2  # chunks of the segment: one popular chunk would not keep it
+    (kept,) = [first for first in (1, 5) if engine.match(*range(first, first + half))]
     engine.tell(released=tuple(engine.leases))
     for number in range(103, 120):
         store.tick(1)
         large.save(number)
         store.tick(1)
-        assert len(engine.match(kept)) == 1
+        assert len(engine.match(*range(kept, kept + half))) == half
         engine.tell(released=tuple(engine.leases))
 
 
@@ -192,25 +193,29 @@ def test_two_sizes_in_one_update_do_not_evict_a_chunk_twice(store: Store, engine
     assert third is Why.FULL
 
 
-def test_one_popular_chunk_does_not_keep_what_lies_beside_it(store: Store, engine: Engine) -> None:
-    """Sixteen chunks to a segment, one of which is used: a model in need gets one segment after the other."""
-    store = Store(slots=64, per_segment=16)
+@pytest.mark.parametrize("per_segment", [16, 5, 4, 3, 2])
+def test_one_popular_chunk_does_not_keep_what_lies_beside_it(per_segment: int) -> None:
+    """One chunk of each segment is used: a model in need gets one segment after the other."""
+    slots = 16 * per_segment
+    store = Store(slots, per_segment)
     old = store.engine("old")
-    for first in range(0, 64, 16):
-        old.save(*range(first, first + 16))
+    for first in range(0, slots, per_segment):
+        old.save(*range(first, first + per_segment))
     store.tick(60)
-    popular = range(0, 64, 16)
+    popular = range(0, slots, per_segment)
     new = store.engine("new", slot_bytes=2 * SLOT)
+    a_turn = 4 * (per_segment // 2)  # chunks that fill four segments
     hits = 0
-    for turn in range(40):
+    for turn in range(3 * a_turn):
         store.tick(1)
         for number in popular:
             old.match(number)
         old.tell(released=tuple(old.leases))
-        wanted = 1000 + turn % 12  # more than one segment holds
+        wanted = 1000 + turn % a_turn
         if new.match(wanted):
             hits += 1
         else:
             new.save(wanted)
         new.tell(released=tuple(new.leases))
-    assert hits == 40 - 12
+    assert hits == 2 * a_turn
+    assert sum(bool(old.match(number)) for number in popular) == 16 - 4, "no more changed hands than needed"
