@@ -39,6 +39,7 @@ from kvstrata.core.slots import Segment, Slot, SlotAllocator
 
 _MAPPING_S = 10.0  # how long an engine may take to map a segment, and to register it with its device
 _GIVEN_UP_MAX = 4096
+_ROUNDS_MAX = 3  # in which one Update asks for victims of one size: each is a walk past what may not go
 _GROWTH_RETRY_S = 30.0  # after a segment could not be made: memory comes and goes
 
 
@@ -256,17 +257,23 @@ class Planner:
         """Each step frees room that `client` can use, up to `wanted` slots; it ends where there is no more.
 
         What was not used for longest goes first, whatever its size: chunk by chunk where slots have this
-        size, by whole segments where they have another. Looked for once, however much an Update reserves.
+        size, by whole segments where they have another. Looked for once, however much an Update reserves;
+        again only where another size of the same Update has taken over a segment with victims in it.
         """
-        victims = self.catalogue.victims(slot_bytes, now, wanted, client.can_reach)
         others = self._other_segments(client, slot_bytes)
-        for entry in victims:
-            while others and others[0][0] < entry.used:
-                if self._take_over(others.pop(0)[1], slot_bytes, now):
+        for _ in range(_ROUNDS_MAX):
+            lost = False
+            for entry in self.catalogue.victims(slot_bytes, now, wanted, client.can_reach):
+                while others and others[0][0] < entry.used:
+                    if self._take_over(others.pop(0)[1], slot_bytes, now):
+                        yield True
+                if self.catalogue.get(entry.key) is entry and entry.may_go(now):
+                    self._evict(entry)
                     yield True
-            if self.catalogue.get(entry.key) is entry and entry.may_go(now):  # not taken over meanwhile
-                self._evict(entry)
-                yield True
+                else:  # taken over meanwhile
+                    lost = True
+            if not lost:
+                break
         has_segments = any(s.slot_bytes == slot_bytes for s in self.slots.segments.values())
         for unused_since, segment in others:  # all of this size is in use, or there is nothing
             if (unused_since < now or not has_segments) and self._take_over(segment, slot_bytes, now):
