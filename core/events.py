@@ -130,7 +130,7 @@ class Why(enum.Enum):
     UNKNOWN_CLIENT = "unknown_client"
     STOPPED = "stopped"  # the client's connection ended
     QUARANTINE = "quarantine"  # the client holds too much that it does not answer for
-    POOL_TOO_SMALL = "pool_too_small"  # not even one chunk fits
+    POOL_TOO_SMALL = "pool_too_small"  # not even one chunk fits, or none of its segments is as large as one
     OTHER = "other"  # a reason that a newer version has and this one does not know
     BUSY = "busy"  # too much of the pool is leased to requests that wait
 

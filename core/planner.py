@@ -104,7 +104,7 @@ class Planner:
         self.clients: dict[str, Client] = {}
         self.counters: Counter[str] = Counter()
         self.pool_bytes = 0  # of all segments made so far
-        self._growing = False
+        self._growing = 0  # bytes of the segment that is being made
         self._grow_again_at = 0.0
         self._added: dict[int, float] = {}  # when each segment was added
 
@@ -120,7 +120,7 @@ class Planner:
             case ClientOpened():
                 return self._open(event, now)
             case SegmentAdded():
-                self._growing = False
+                self._growing = 0
                 self.pool_bytes += event.nbytes
                 self.slots.add(event.segment, event.nbytes, event.slot_bytes, now)
                 self._added[event.segment] = now
@@ -129,7 +129,7 @@ class Planner:
             case WorkerDisconnected():
                 self._unregister(event)
             case GrowthFailed():
-                self._growing, self._grow_again_at = False, now + _GROWTH_RETRY_S
+                self._growing, self._grow_again_at = 0, now + _GROWTH_RETRY_S
             case ClientStopped():
                 if client := self.clients.get(event.client):
                     client.stopped = True
@@ -295,19 +295,28 @@ class Planner:
     # --- pool -------------------------------------------------------------------------------
 
     def _grow(self, slot_bytes: int, now: float) -> list[Action]:
-        """Ask for the next segment while there is room: engines fill them faster than they are made."""
+        """Ask for the next segment while there is room: engines fill them faster than they are made.
+
+        It is made to hold the largest slot of any client, whoever asks: what is made stays as large as it is.
+        """
         free_bytes = self.slots.free_slots(slot_bytes) * slot_bytes
         if self._growing or free_bytes >= self.limits.segment_bytes:
             return []
-        nbytes = min(max(self.limits.segment_bytes, slot_bytes), self.limits.pool_bytes - self.pool_bytes)
+        largest = max(size for client in self.clients.values() for size in client.slot_sizes)
+        nbytes = min(max(self.limits.segment_bytes, largest), self.limits.pool_bytes - self.pool_bytes)
         if nbytes >= slot_bytes and now >= self._grow_again_at:
-            self._growing = True
+            self._growing = nbytes
             return [GrowPool(nbytes, slot_bytes)]
         return []
 
+    def slot_bytes_max(self) -> int:
+        """The largest slot that fits a segment, be it one that is still to be made."""
+        to_come = self.limits.pool_bytes - self.pool_bytes - self._growing
+        return max(to_come, self._growing, *(each.nbytes for each in self.slots.segments.values()))
+
     def _more_is_coming(self, client: Client, slot_bytes: int, now: float) -> bool:
         """Whether a segment is being made, or mapped, for `client`."""
-        return self._growing or any(
+        return self._growing > 0 or any(
             segment.free and segment.slot_bytes == slot_bytes and segment.id not in client.usable
             for segment in self.slots.segments.values()
             if now < self._added.get(segment.id, now) + _MAPPING_S
@@ -345,7 +354,7 @@ class Planner:
     # --- clients ----------------------------------------------------------------------------
 
     def _open(self, event: ClientOpened, now: float) -> list[Action]:
-        if self.limits.pool_bytes < event.slot_sizes[0]:
+        if self.slot_bytes_max() < min(event.slot_sizes):
             return [Refused(Why.POOL_TOO_SMALL)]
         client = self.clients.setdefault(event.client, Client(event.client, event.slot_sizes, event.workers))
         return self._grow(client.slot_sizes[0], now)

@@ -103,7 +103,7 @@ class NodeClient:
         self._closing = threading.Event()
         self._session: Session | None = None
         self._side: SideConnection | None = None
-        self._last_trouble = ""
+        self._last_trouble = self._last_warning = ""
         self._failures = 0  # since the last session
         self._down_since: float | None = None
         self._last_start = -_AUTOSTART_EVERY_S
@@ -302,13 +302,24 @@ class NodeClient:
                 "or use another node.runtime_dir"
             )
         if why_from_wire(reply.refused) is Why.POOL_TOO_SMALL:
+            least = min(self._slot_sizes)
             raise NodeUnavailable(
-                f"one chunk of this model needs {format_size(self._slot_sizes[0])}, the host pool has "
-                f"{format_size(reply.pool_bytes)}: raise host.size or lower chunk.tokens"
+                f"one chunk of this model needs {format_size(least)}, {_no_room(least, reply)}"
             )
+        self._mind_largest(reply)
         pool, chunk = format_size(reply.pool_bytes), format_size(self._slot_sizes[0])
         log.info("kvstrata: connected to the node store: host pool of up to %s, %s a chunk", pool, chunk)
         return Session(reply.store_epoch)
+
+    def _mind_largest(self, reply: pb.OpenReply) -> None:
+        """Chunks that do not pack need the largest slots; without them the rest is of use. Said once."""
+        largest = max(self._slot_sizes)
+        if not 0 < reply.slot_bytes_max < largest:  # 0: the store does not tell
+            return
+        text = f"a chunk that does not pack needs {format_size(largest)}, {_no_room(largest, reply)}"
+        if text != self._last_warning:
+            self._last_warning = text
+            self._notify(f"kvstrata does not keep some chunks: {text}")
 
     def _answered(self, session: Session, call: Call, answer: Answer) -> None:
         self._answers.put((session, call, answer))
@@ -396,6 +407,17 @@ class NodeClient:
         if text != self._last_trouble:
             self._last_trouble = text or ""
             self._notify(f"kvstrata is not used for now, every lookup is a miss: {text}")
+
+
+def _no_room(slot_bytes: int, reply: pb.OpenReply) -> str:
+    """Why the store has no slots so large, and what to change."""
+    if slot_bytes > reply.pool_bytes:
+        return f"the host pool has {format_size(reply.pool_bytes)}: raise host.size or lower chunk.tokens"
+    return (
+        f"the host pool's segments have up to {format_size(reply.slot_bytes_max)}: set host.segment_size to "
+        f"{slot_bytes} bytes or more, or lower chunk.tokens, and end the running node store "
+        "(kvstrata node --stop: what it stores is lost)"
+    )
 
 
 def _send(stub: node_pb2_grpc.NodeStoreStub, call: Call, deadline_s: float) -> Answer:

@@ -59,6 +59,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
             store_epoch=self._store.epoch,
             pool_bytes=self._store.planner.limits.pool_bytes,
             version=__version__,
+            slot_bytes_max=self._store.planner.slot_bytes_max(),
         )
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:

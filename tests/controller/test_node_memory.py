@@ -1,4 +1,4 @@
-"""How large a pool may grow: what the machine or a cgroup has, and not more."""
+"""How large a pool may grow: what the machine or a cgroup has. And what fits in as it grows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstrata.controller.client import NodeClient
 from kvstrata.controller.node.__main__ import Memory, choose_pool_bytes, memory
 from kvstrata.controller.node.launch import start_node
 from kvstrata.controller.node.store import NodeStore
@@ -17,7 +18,7 @@ from kvstrata.controller.paths import RuntimePaths
 from kvstrata.core.config import HostConfig
 from kvstrata.core.errors import ConfigError, NodeUnavailable
 from kvstrata.core.events import ClientOpened, GrowPool
-from tests.controller.stores import MIB, SLOT, Engine, RunningStore, config_for, wait_for
+from tests.controller.stores import MIB, SLOT, Engine, RunningStore, config_for, key, wait_for
 
 GIB = 1 << 30
 V1_NO_LIMIT = (1 << 63) - 4096
@@ -170,3 +171,45 @@ def test_whatever_kept_the_pool_from_growing_is_logged_and_it_is_tried_again(
     assert ("Traceback" in caplog.text) is isinstance(error, RuntimeError)
     later = time.monotonic() + 31
     assert store.planner.step(ClientOpened("engine", (SLOT,), 1), later) == [GrowPool(4 * MIB, SLOT)]
+
+
+# ------------------------------------------------------------------------- slots larger than a segment
+
+
+def test_an_engine_whose_chunks_fit_no_segment_is_told_so_once(
+    node_store: Callable[..., RunningStore], engines: Callable[..., Engine]
+) -> None:
+    store = node_store()
+    engines(store.config, "small").save(*map(key, range(1, 6)))  # all segments are made then
+    engine = engines(store.config, "large", slot_bytes=5 * SLOT)
+    wait_for("a word about it", lambda: engine.troubles)
+    time.sleep(1.0)  # it goes on asking
+    (trouble,) = engine.troubles
+    assert (
+        "one chunk of this model needs 5.0 MiB, the host pool's segments have up to 4.0 MiB: set "
+        f"host.segment_size to {5 * MIB} bytes or more, or lower chunk.tokens, and end the running node "
+        "store (kvstrata node --stop: what it stores is lost)" in trouble
+    )
+    assert engine.client.session is None
+
+
+def test_an_engine_is_served_whose_largest_chunks_alone_fit_no_segment_and_told_once(
+    node_store: Callable[..., RunningStore], engines: Callable[..., Engine]
+) -> None:
+    store = node_store()
+    engines(store.config, "small").save(*map(key, range(1, 6)))
+    said: list[str] = []
+    client = NodeClient(store.config, "both", (SLOT, 5 * SLOT), 1, notify=said.append)
+    try:
+        epoch = wait_for("a session", lambda: client.session).epoch
+        (warning,) = wait_for("a word about it", lambda: said)
+        assert warning.startswith(
+            "kvstrata does not keep some chunks: a chunk that does not pack needs 5.0 MiB"
+        )
+        assert "segments have up to 4.0 MiB: set host.segment_size" in warning
+        client._drop_side(bye=False)
+        wait_for("the end of the session", lambda: client.session is None)
+        assert wait_for("another session", lambda: client.session).epoch == epoch
+        assert [text for text in said if "does not keep" in text] == [warning]
+    finally:
+        client.close()

@@ -24,45 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&kvstrata/protos/kvstrata/v1/node.proto\x12\x0bkvstrata.v1\"z\n\x0bOpenRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x12\n\nslot_bytes\x18\x03 \x03(\x04\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\"{\n\tOpenReply\x12!\n\x07refused\x18\x01 \x01(\x0e\x32\x10.kvstrata.v1.Why\x12\x13\n\x0bstore_epoch\x18\x02 \x01(\x0c\x12\x12\n\npool_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x11\n\tconflicts\x18\x05 \x03(\t\"7\n\x04Slot\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"H\n\x0cMatchRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x0c\n\x04keys\x18\x04 \x01(\x0c\"\x88\x01\n\nMatchReply\x12!\n\x07refused\x18\x01 \x01(\x0e\x32\x10.kvstrata.v1.Why\x12\x15\n\rbeing_written\x18\x02 \x01(\x08\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x10\n\x08segments\x18\x04 \x03(\r\x12\x0f\n\x07offsets\x18\x05 \x03(\x04\x12\x0e\n\x06nbytes\x18\x06 \x03(\x04\"7\n\x0bReservation\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\xe3\x01\n\rUpdateRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12)\n\x07reserve\x18\x03 \x03(\x0b\x32\x18.kvstrata.v1.Reservation\x12\x11\n\tcommitted\x18\x04 \x03(\x04\x12\x0f\n\x07\x61\x62orted\x18\x05 \x03(\x04\x12\x10\n\x08released\x18\x06 \x03(\x04\x12\x0f\n\x07\x63orrupt\x18\x07 \x03(\x0c\x12\x0c\n\x04used\x18\x08 \x03(\x0c\x12\x13\n\x0bleases_held\x18\t \x01(\x04\x12\x11\n\tjobs_held\x18\n \x01(\x04\x12\r\n\x05\x64rawn\x18\x0b \x01(\x04\"T\n\x05Grant\x12!\n\x04slot\x18\x01 \x01(\x0b\x32\x11.kvstrata.v1.SlotH\x00\x12\x1f\n\x03why\x18\x02 \x01(\x0e\x32\x10.kvstrata.v1.WhyH\x00\x42\x07\n\x05grant\"T\n\x0bUpdateReply\x12!\n\x07refused\x18\x01 \x01(\x0e\x32\x10.kvstrata.v1.Why\x12\"\n\x06grants\x18\x02 \x03(\x0b\x32\x12.kvstrata.v1.Grant\"\x0e\n\x0cStatsRequest\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x0e\n\x0c\x43heckRequest\",\n\nCheckReply\x12\x10\n\x08problems\x18\x01 \x03(\t\x12\x0c\n\x04json\x18\x02 \x01(\t\" \n\x0fShutdownRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\"\x1f\n\rShutdownReply\x12\x0e\n\x06\x65nding\x18\x01 \x01(\x08*\xcc\x01\n\x03Why\x12\x13\n\x0fWHY_UNSPECIFIED\x10\x00\x12\x0e\n\nWHY_EXISTS\x10\x01\x12\x0c\n\x08WHY_FULL\x10\x02\x12\x11\n\rWHY_NOT_READY\x10\x03\x12\r\n\tWHY_STALE\x10\x04\x12\x16\n\x12WHY_UNKNOWN_CLIENT\x10\x05\x12\x0f\n\x0bWHY_STOPPED\x10\x06\x12\x12\n\x0eWHY_QUARANTINE\x10\x07\x12\x0c\n\x08WHY_BUSY\x10\x08\x12\x16\n\x12WHY_POOL_TOO_SMALL\x10\t\x12\r\n\tWHY_OTHER\x10\n2\x82\x03\n\tNodeStore\x12\x38\n\x04Open\x12\x18.kvstrata.v1.OpenRequest\x1a\x16.kvstrata.v1.OpenReply\x12;\n\x05Match\x12\x19.kvstrata.v1.MatchRequest\x1a\x17.kvstrata.v1.MatchReply\x12>\n\x06Update\x12\x1a.kvstrata.v1.UpdateRequest\x1a\x18.kvstrata.v1.UpdateReply\x12;\n\x05Stats\x12\x19.kvstrata.v1.StatsRequest\x1a\x17.kvstrata.v1.StatsReply\x12;\n\x05\x43heck\x12\x19.kvstrata.v1.CheckRequest\x1a\x17.kvstrata.v1.CheckReply\x12\x44\n\x08Shutdown\x12\x1c.kvstrata.v1.ShutdownRequest\x1a\x1a.kvstrata.v1.ShutdownReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&kvstrata/protos/kvstrata/v1/node.proto\x12\x0bkvstrata.v1\"z\n\x0bOpenRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x12\n\nslot_bytes\x18\x03 \x03(\x04\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\"\x93\x01\n\tOpenReply\x12!\n\x07refused\x18\x01 \x01(\x0e\x32\x10.kvstrata.v1.Why\x12\x13\n\x0bstore_epoch\x18\x02 \x01(\x0c\x12\x12\n\npool_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x11\n\tconflicts\x18\x05 \x03(\t\x12\x16\n\x0eslot_bytes_max\x18\x06 \x01(\x04\"7\n\x04Slot\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"H\n\x0cMatchRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x0c\n\x04keys\x18\x04 \x01(\x0c\"\x88\x01\n\nMatchReply\x12!\n\x07refused\x18\x01 \x01(\x0e\x32\x10.kvstrata.v1.Why\x12\x15\n\rbeing_written\x18\x02 \x01(\x08\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x10\n\x08segments\x18\x04 \x03(\r\x12\x0f\n\x07offsets\x18\x05 \x03(\x04\x12\x0e\n\x06nbytes\x18\x06 \x03(\x04\"7\n\x0bReservation\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\xe3\x01\n\rUpdateRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12)\n\x07reserve\x18\x03 \x03(\x0b\x32\x18.kvstrata.v1.Reservation\x12\x11\n\tcommitted\x18\x04 \x03(\x04\x12\x0f\n\x07\x61\x62orted\x18\x05 \x03(\x04\x12\x10\n\x08released\x18\x06 \x03(\x04\x12\x0f\n\x07\x63orrupt\x18\x07 \x03(\x0c\x12\x0c\n\x04used\x18\x08 \x03(\x0c\x12\x13\n\x0bleases_held\x18\t \x01(\x04\x12\x11\n\tjobs_held\x18\n \x01(\x04\x12\r\n\x05\x64rawn\x18\x0b \x01(\x04\"T\n\x05Grant\x12!\n\x04slot\x18\x01 \x01(\x0b\x32\x11.kvstrata.v1.SlotH\x00\x12\x1f\n\x03why\x18\x02 \x01(\x0e\x32\x10.kvstrata.v1.WhyH\x00\x42\x07\n\x05grant\"T\n\x0bUpdateReply\x12!\n\x07refused\x18\x01 \x01(\x0e\x32\x10.kvstrata.v1.Why\x12\"\n\x06grants\x18\x02 \x03(\x0b\x32\x12.kvstrata.v1.Grant\"\x0e\n\x0cStatsRequest\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x0e\n\x0c\x43heckRequest\",\n\nCheckReply\x12\x10\n\x08problems\x18\x01 \x03(\t\x12\x0c\n\x04json\x18\x02 \x01(\t\" \n\x0fShutdownRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\"\x1f\n\rShutdownReply\x12\x0e\n\x06\x65nding\x18\x01 \x01(\x08*\xcc\x01\n\x03Why\x12\x13\n\x0fWHY_UNSPECIFIED\x10\x00\x12\x0e\n\nWHY_EXISTS\x10\x01\x12\x0c\n\x08WHY_FULL\x10\x02\x12\x11\n\rWHY_NOT_READY\x10\x03\x12\r\n\tWHY_STALE\x10\x04\x12\x16\n\x12WHY_UNKNOWN_CLIENT\x10\x05\x12\x0f\n\x0bWHY_STOPPED\x10\x06\x12\x12\n\x0eWHY_QUARANTINE\x10\x07\x12\x0c\n\x08WHY_BUSY\x10\x08\x12\x16\n\x12WHY_POOL_TOO_SMALL\x10\t\x12\r\n\tWHY_OTHER\x10\n2\x82\x03\n\tNodeStore\x12\x38\n\x04Open\x12\x18.kvstrata.v1.OpenRequest\x1a\x16.kvstrata.v1.OpenReply\x12;\n\x05Match\x12\x19.kvstrata.v1.MatchRequest\x1a\x17.kvstrata.v1.MatchReply\x12>\n\x06Update\x12\x1a.kvstrata.v1.UpdateRequest\x1a\x18.kvstrata.v1.UpdateReply\x12;\n\x05Stats\x12\x19.kvstrata.v1.StatsRequest\x1a\x17.kvstrata.v1.StatsReply\x12;\n\x05\x43heck\x12\x19.kvstrata.v1.CheckRequest\x1a\x17.kvstrata.v1.CheckReply\x12\x44\n\x08Shutdown\x12\x1c.kvstrata.v1.ShutdownRequest\x1a\x1a.kvstrata.v1.ShutdownReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstrata.protos.kvstrata.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WHY']._serialized_start=1207
-  _globals['_WHY']._serialized_end=1411
+  _globals['_WHY']._serialized_start=1232
+  _globals['_WHY']._serialized_end=1436
   _globals['_OPENREQUEST']._serialized_start=55
   _globals['_OPENREQUEST']._serialized_end=177
-  _globals['_OPENREPLY']._serialized_start=179
-  _globals['_OPENREPLY']._serialized_end=302
-  _globals['_SLOT']._serialized_start=304
-  _globals['_SLOT']._serialized_end=359
-  _globals['_MATCHREQUEST']._serialized_start=361
-  _globals['_MATCHREQUEST']._serialized_end=433
-  _globals['_MATCHREPLY']._serialized_start=436
-  _globals['_MATCHREPLY']._serialized_end=572
-  _globals['_RESERVATION']._serialized_start=574
-  _globals['_RESERVATION']._serialized_end=629
-  _globals['_UPDATEREQUEST']._serialized_start=632
-  _globals['_UPDATEREQUEST']._serialized_end=859
-  _globals['_GRANT']._serialized_start=861
-  _globals['_GRANT']._serialized_end=945
-  _globals['_UPDATEREPLY']._serialized_start=947
-  _globals['_UPDATEREPLY']._serialized_end=1031
-  _globals['_STATSREQUEST']._serialized_start=1033
-  _globals['_STATSREQUEST']._serialized_end=1047
-  _globals['_STATSREPLY']._serialized_start=1049
-  _globals['_STATSREPLY']._serialized_end=1075
-  _globals['_CHECKREQUEST']._serialized_start=1077
-  _globals['_CHECKREQUEST']._serialized_end=1091
-  _globals['_CHECKREPLY']._serialized_start=1093
-  _globals['_CHECKREPLY']._serialized_end=1137
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1139
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1171
-  _globals['_SHUTDOWNREPLY']._serialized_start=1173
-  _globals['_SHUTDOWNREPLY']._serialized_end=1204
-  _globals['_NODESTORE']._serialized_start=1414
-  _globals['_NODESTORE']._serialized_end=1800
+  _globals['_OPENREPLY']._serialized_start=180
+  _globals['_OPENREPLY']._serialized_end=327
+  _globals['_SLOT']._serialized_start=329
+  _globals['_SLOT']._serialized_end=384
+  _globals['_MATCHREQUEST']._serialized_start=386
+  _globals['_MATCHREQUEST']._serialized_end=458
+  _globals['_MATCHREPLY']._serialized_start=461
+  _globals['_MATCHREPLY']._serialized_end=597
+  _globals['_RESERVATION']._serialized_start=599
+  _globals['_RESERVATION']._serialized_end=654
+  _globals['_UPDATEREQUEST']._serialized_start=657
+  _globals['_UPDATEREQUEST']._serialized_end=884
+  _globals['_GRANT']._serialized_start=886
+  _globals['_GRANT']._serialized_end=970
+  _globals['_UPDATEREPLY']._serialized_start=972
+  _globals['_UPDATEREPLY']._serialized_end=1056
+  _globals['_STATSREQUEST']._serialized_start=1058
+  _globals['_STATSREQUEST']._serialized_end=1072
+  _globals['_STATSREPLY']._serialized_start=1074
+  _globals['_STATSREPLY']._serialized_end=1100
+  _globals['_CHECKREQUEST']._serialized_start=1102
+  _globals['_CHECKREQUEST']._serialized_end=1116
+  _globals['_CHECKREPLY']._serialized_start=1118
+  _globals['_CHECKREPLY']._serialized_end=1162
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1164
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1196
+  _globals['_SHUTDOWNREPLY']._serialized_start=1198
+  _globals['_SHUTDOWNREPLY']._serialized_end=1229
+  _globals['_NODESTORE']._serialized_start=1439
+  _globals['_NODESTORE']._serialized_end=1825
 # @@protoc_insertion_point(module_scope)

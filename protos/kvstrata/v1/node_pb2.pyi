@@ -48,18 +48,20 @@ class OpenRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., slot_bytes: _Optional[_Iterable[int]] = ..., workers: _Optional[int] = ..., config_json: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("refused", "store_epoch", "pool_bytes", "version", "conflicts")
+    __slots__ = ("refused", "store_epoch", "pool_bytes", "version", "conflicts", "slot_bytes_max")
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     STORE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CONFLICTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
     refused: Why
     store_epoch: bytes
     pool_bytes: int
     version: str
     conflicts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, refused: _Optional[_Union[Why, str]] = ..., store_epoch: _Optional[bytes] = ..., pool_bytes: _Optional[int] = ..., version: _Optional[str] = ..., conflicts: _Optional[_Iterable[str]] = ...) -> None: ...
+    slot_bytes_max: int
+    def __init__(self, refused: _Optional[_Union[Why, str]] = ..., store_epoch: _Optional[bytes] = ..., pool_bytes: _Optional[int] = ..., version: _Optional[str] = ..., conflicts: _Optional[_Iterable[str]] = ..., slot_bytes_max: _Optional[int] = ...) -> None: ...
 
 class Slot(_message.Message):
     __slots__ = ("segment", "offset", "nbytes")
