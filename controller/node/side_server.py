@@ -261,7 +261,11 @@ class SideServer:
         loop, fd = asyncio.get_running_loop(), connection.sock.fileno()
         loop.remove_writer(fd)
         loop.add_reader(fd, self._readable, connection)
-        self._send_answer(connection, answer)
+        try:
+            self._send_answer(connection, answer)
+        except OSError as error:  # as on the first try
+            log.warning("cannot answer %s: %s", connection.hello, error)
+            self._ended(connection)
 
     def _ended(self, connection: Connection) -> None:
         """The stream is over: no new grants; claims stay until the process answers or exits."""

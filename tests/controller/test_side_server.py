@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -306,3 +307,27 @@ def test_who_is_slow_to_take_answers_loses_none(path: Path) -> None:
             process.sock.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_an_answer_that_cannot_be_sent_later_either_ends_the_connection(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[OSError] = [BlockingIOError(), OSError(errno.ENOBUFS, "no buffers")]
+
+    def fail(sock: socket.socket, body: bytes) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("kvstrata.controller.node.side_server.send_match", fail)
+    events: list[Event] = []
+
+    async def run() -> None:
+        async with serving(path, events, []):
+            process = Process(path, "scheduler")
+            await process.next()
+            send_match(process.sock, b"what is there?")
+            assert await process.hung_up()
+            process.sock.close()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert errors == []
+    assert events == [ClientResumed(NAME), ClientStopped(NAME)]
