@@ -94,6 +94,7 @@ class NodeClient:
     ) -> None:
         self._config, self.client, self._slot_sizes, self._workers = config, client, slot_sizes, workers
         self._notify = notify
+        # None: the thread shall look at what has changed.
         self._calls: queue.SimpleQueue[tuple[Session, Call] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[Session, Call, Answer]] = queue.SimpleQueue()
         self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable: there may be answers
@@ -195,13 +196,17 @@ class NodeClient:
                 self._taken_in.append((asked.session, asked.call, _matched(reply)))
 
     def _wait(self, timeout_s: float) -> None:
-        """Until there may be an answer."""
+        """Until there may be an answer, or the store has hung up."""
         waiting = select.poll()
         waiting.register(self._news, select.POLLIN)
         with self._lock:
-            if self._side is not None:
-                waiting.register(self._side.fileno(), select.POLLIN)
-        waiting.poll(timeout_s * 1e3)
+            side = self._side
+            if side is not None and not side.ended:  # an end stays readable: nobody could wait on it
+                waiting.register(side.fileno(), select.POLLIN | select.POLLRDHUP)
+        happened = waiting.poll(timeout_s * 1e3)
+        if side is not None and any(fd != self._news and seen & ~select.POLLIN for fd, seen in happened):
+            side.ended = True
+            self._calls.put(None)  # the thread ends the session at once
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._news)
 
@@ -346,7 +351,9 @@ class NodeClient:
             except queue.Empty:
                 continue
             if item is None:
-                return
+                if self._closing.is_set():
+                    return
+                continue
             of_session, call = item
             if of_session.epoch != session.epoch:
                 self._answered(of_session, call, Lost())
@@ -367,10 +374,8 @@ class NodeClient:
                 item = self._calls.get_nowait()
             except queue.Empty:
                 return
-            if item is None:  # close() was called
-                self._calls.put(None)
-                return
-            self._answered(item[0], item[1], Lost())
+            if item is not None:
+                self._answered(item[0], item[1], Lost())
 
     def _side_alive(self) -> bool:
         return self._side is not None and self._side.alive()

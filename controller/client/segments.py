@@ -68,6 +68,7 @@ class SideConnection:
     """
 
     def __init__(self, path: Path, hello: Hello) -> None:
+        self.ended = False  # set by who waited for an answer and saw the end
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         pidfd = os.pidfd_open(os.getpid())
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
 from kvstrata.controller.cli_node import stop
+from kvstrata.controller.client import NodeClient
 from kvstrata.core.events import Match, Update, Why
 from kvstrata.core.slots import Slot
 from tests.controller.stores import MIB, Engine, RunningStore, config_for, key, wait_for
@@ -45,6 +47,43 @@ def busy_update(engine: Engine, wanted: bytes) -> list[Slot | Why]:
     if isinstance(grants[0], Slot):
         engine.jobs[job] = wanted
     return grants
+
+
+def test_who_waits_for_answers_sees_the_store_s_end_at_once(
+    node_store: StartStore, engines: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstrata.controller.client.node._IDLE_CHECK_S", 60.0)
+    store = node_store()
+    engine = engines(store.config, "idle")
+    engine.save(key(1))  # from here on the client's thread waits for the next call, not for the store
+    store.kill()
+    wait_for("the end of the session", lambda: engine.client.collect(0.01) or engine.client.session is None)
+    assert engine.client.session is None
+
+
+def test_waiting_at_a_side_socket_s_end_is_waiting(
+    node_store: StartStore, engines: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's thread may be slow to notice: the engine's must not spin until it does."""
+    store = node_store()
+    engine = engines(store.config, "patient")
+    engine.save(key(1))
+    monkeypatch.setattr(NodeClient, "_side_alive", lambda self: True)
+    waits: list[float] = []
+    wait = engine.client._wait
+
+    def counted(timeout_s: float) -> None:
+        waits.append(timeout_s)
+        wait(timeout_s)
+
+    monkeypatch.setattr(engine.client, "_wait", counted)
+    store.kill()
+    since, busy_since = time.monotonic(), time.thread_time()
+    assert engine.client.collect(0.5) is None
+    assert time.monotonic() - since >= 0.5
+    assert len(waits) <= 5
+    assert time.thread_time() - busy_since < 0.1
+    assert engine.client.session is not None, "or the thread has noticed, and this shows nothing"
 
 
 def test_an_engine_that_was_refused_does_not_keep_the_store(node_store: StartStore) -> None:
