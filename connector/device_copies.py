@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from kvstrata.connector.host_copies import Segments
 from kvstrata.connector.jobs import ChunkCopy, Fence, LoadJob, Report, SaveJob
@@ -19,9 +20,10 @@ from kvstrata.cuda_ext.device import (
     DeviceError,
     DeviceLibrary,
     DevicePipe,
+    Rest,
     load_device_library,
 )
-from kvstrata.cuda_ext.native import EngineCache
+from kvstrata.cuda_ext.native import ChunkMismatch, EngineCache, load_library
 
 log = logging.getLogger("kvstrata.transfer")
 
@@ -33,6 +35,13 @@ _ADVICE = {  # by cudaError_t
 }
 
 
+# The part of a load that is handed over before it has come: what the link moves while an idle engine hears of
+# it, plans a step and launches it; but no more than processors verify while the link moves all before it.
+REST_BYTES = 512 << 20
+REST_SHARE = 0.4
+_VERIFYING_THREADS = 4
+
+
 class DeviceCopies:
     """Carries out jobs with two pipes, one for each direction.
 
@@ -41,20 +50,26 @@ class DeviceCopies:
     """
 
     def __init__(
-        self, loads: DevicePipe, saves: DevicePipe, segments: Segments, slot_sizes: Sequence[int]
+        self, loads: DevicePipe, saves: DevicePipe, segments: Segments, ways: Sequence[ChunkLayout]
     ) -> None:
-        """`slot_sizes`: bytes of a slot, for each of the pipes' `ChunkLayout.ways`."""
-        self._loads, self._saves, self._segments = loads, saves, segments
-        self._way_of = {nbytes: way for way, nbytes in enumerate(slot_sizes)}
+        """`ways`: the pipes' `ChunkLayout.ways`."""
+        self._loads, self._saves, self._segments, self._ways = loads, saves, segments, ways
+        self._way_of = {layout.slot_bytes: way for way, layout in enumerate(ways)}
+        self._verifiers = ThreadPoolExecutor(_VERIFYING_THREADS, "kvstrata-verify")
+        self._library = load_library()
+        self.engine_idle = False  # whether the engine's last step computed nothing
 
-    def load(self, job: LoadJob, after: Fence | None) -> Report:
+    def load(self, job: LoadJob, after: Fence | None, handed_over: Callable[[], None] | None) -> Report:
         started = time.monotonic()
         with contextlib.ExitStack() as held:
             mapped = self._map(held, job.epoch, job.chunks)
             there = itertools.takewhile(lambda copy: copy.segment in mapped, job.chunks)
             chunks = [self._chunk(mapped[copy.segment], copy) for copy in there]
+            rest = None
+            if handed_over and self.engine_idle and len(chunks) == len(job.chunks):
+                rest = held.enter_context(self._verified_rest(job, chunks, handed_over))
             try:
-                done, mismatch = self._loads.load(chunks, _event(after), job.expires)
+                done, mismatch = self._loads.load(chunks, _event(after), job.expires, rest)
             except (DeviceError, ValueError):
                 log.exception("load of %d chunks failed", len(job.chunks))
                 return Report(job.job, ok=False)
@@ -69,6 +84,36 @@ class DeviceCopies:
         key = job.chunks[done].key
         log.error("stored chunk %s refused: %s", key.hex()[:16], mismatch)
         return Report(job.job, ok=False, failed_from=done, corrupt=key)
+
+    @contextlib.contextmanager
+    def _verified_rest(
+        self, job: LoadJob, chunks: Sequence[Chunk], handed_over: Callable[[], None]
+    ) -> Iterator[Rest | None]:
+        """The last chunks of a load, which processors verify while the others are copied."""
+        room = min(REST_BYTES, int(REST_SHARE * sum(copy.nbytes for copy in job.chunks)))
+        sizes = itertools.accumulate(copy.nbytes for copy in reversed(job.chunks))
+        count = sum(1 for _ in itertools.takewhile(lambda nbytes: nbytes <= room, sizes))
+        if not count:
+            yield None
+            return
+        verdicts = [self._verifiers.submit(self._is_good, chunk) for chunk in chunks[-count:]]
+
+        def is_sure() -> bool:
+            return self.engine_idle and all(_said_yes(verdict) for verdict in verdicts)
+
+        try:
+            yield Rest(count, is_sure, handed_over)
+        finally:
+            for verdict in verdicts:
+                verdict.cancel()
+            wait(verdicts)  # they read memory that is mapped until then
+
+    def _is_good(self, chunk: Chunk) -> bool:
+        try:
+            self._library.verify(chunk.slot_address, self._ways[chunk.way], chunk.key)
+        except ChunkMismatch:
+            return False  # the load will say so
+        return True
 
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         started = time.monotonic()
@@ -95,7 +140,12 @@ class DeviceCopies:
         """`stream`: a cudaStream_t. Raises DeviceError."""
         self._saves.hold(stream)
 
+    def follow(self, stream: int) -> None:
+        """`stream`: a cudaStream_t. Raises DeviceError."""
+        self._loads.hold(stream)
+
     def close(self) -> None:
+        self._verifiers.shutdown()
         self._loads.close()
         self._saves.close()
 
@@ -132,6 +182,10 @@ def open_pipes(
     except ValueError as error:
         raise UnsupportedModel(f"kvstrata cannot copy this engine's KV cache: {error}") from error
     return library, loads, saves
+
+
+def _said_yes(verdict: Future[bool]) -> bool:
+    return verdict.done() and verdict.result()
 
 
 def _event(after: Fence | None) -> int:

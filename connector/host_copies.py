@@ -40,7 +40,7 @@ class HostCopies:
     def __init__(self, copiers: Mapping[int, Copier], segments: Segments) -> None:
         self._copiers, self._segments = copiers, segments
 
-    def load(self, job: LoadJob, after: Fence | None) -> Report:
+    def load(self, job: LoadJob, after: Fence | None, handed_over: Callable[[], None] | None) -> Report:
         started = time.monotonic()
         for index, chunk in enumerate(job.chunks):
             if time.monotonic() > job.expires:
@@ -64,8 +64,13 @@ class HostCopies:
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         return [self._save(job) for job in jobs]
 
+    engine_idle = False
+
     def hold(self, stream: int) -> None:
         """There is no device: what has not been read is not done."""
+
+    def follow(self, stream: int) -> None:
+        """No load is handed over before its end: it would not end any sooner."""
 
     def close(self) -> None:
         """Nothing was taken."""

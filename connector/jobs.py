@@ -40,10 +40,15 @@ class SaveJob:
 
 @dataclass(slots=True)
 class Report:
-    """What became of a job. `failed_from`: index of the first chunk of a load that is not in the blocks."""
+    """What became of a job. `failed_from`: index of the first chunk of a load that is not in the blocks.
+
+    A load may be handed over before its end (`ended` False): its bytes are verified and their copies
+    enqueued, and a stream that `Copies.follow` was told of may use its blocks.
+    """
 
     job: int
     ok: bool
+    ended: bool = True
     failed_from: int = 0
     corrupt: bytes | None = None  # key of the chunk whose bytes failed their check
     does_not_fit: bool = False  # a save: the chunk cannot be packed

@@ -1,7 +1,7 @@
 """Copies between an engine's blocks and slots, on threads of their own.
 
-Rule of this file: a job submitted is reported exactly once, or dropped unbegun by `close`. Loads go
-before saves. A load past its deadline fails before a chunk is begun, never inside one.
+Rule of this file: the end of a job submitted is reported exactly once, or it is dropped unbegun by `close`.
+Loads go before saves. A load past its deadline fails before a chunk is begun, never inside one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from kvstrata.connector.jobs import Fence, LoadJob, Report, SaveJob
 class Copies(Protocol):
     """Carries out jobs, each to its end. May be called from several threads at once."""
 
-    def load(self, job: LoadJob, after: Fence | None) -> Report: ...
+    engine_idle: bool  # whether the engine's last step computed nothing
+
+    def load(self, job: LoadJob, after: Fence | None, handed_over: Callable[[], None] | None) -> Report:
+        """`handed_over` may be called before the end, if the engine is idle: once all bytes are verified,
+        all copies enqueued, and `follow` makes a stream wait for them.
+        """
+        ...
 
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         """One report for each job, in their order.
@@ -31,6 +37,10 @@ class Copies(Protocol):
 
     def hold(self, stream: int) -> None:
         """Make this stream of the engine's device wait until all saves that are covered have read blocks."""
+        ...
+
+    def follow(self, stream: int) -> None:
+        """Make this stream of the engine's device wait for all loads that were handed over."""
         ...
 
     def close(self) -> None:
@@ -176,7 +186,7 @@ class Transfer:
         try:
             load = batch[0].job
             if isinstance(load, LoadJob):
-                reports = [self._copies.load(load, after)]
+                reports = [self._copies.load(load, after, lambda: self._handed_over(load.job))]
             else:
                 saves = [queued.job for queued in batch if isinstance(queued.job, SaveJob)]
                 reports = self._copies.save(saves, after, lambda: self._covered(batch))
@@ -186,6 +196,11 @@ class Transfer:
                 self._running.difference_update(queued.job.job for queued in batch)
                 self._reports += reports
                 self._changed.notify_all()
+
+    def _handed_over(self, job: int) -> None:
+        with self._changed:
+            self._reports.append(Report(job, ok=True, ended=False))
+            self._changed.notify_all()
 
     def _covered(self, batch: Sequence[Queued]) -> None:
         with self._changed:

@@ -60,7 +60,7 @@ struct kvs_pipe {
     std::vector<kvs_ticket*> tickets;  // not in use
     std::array<cudaStream_t, COPY_STREAMS> copies = {};
     cudaStream_t kernels = nullptr;
-    cudaEvent_t read = nullptr;  // all saves enqueued so far have read their blocks
+    cudaEvent_t held = nullptr;  // what was enqueued so far is done with the engine's blocks
     int shared_max = 0;  // bytes of shared memory that one thread block may have
     size_t next_slab = 0;
     std::mutex turn;  // calls enqueue one after the other; they wait for their ends together
@@ -130,11 +130,12 @@ Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Bat
 }
 
 // The next slab, once nobody needs its bytes: what is under way and cannot be recalled stays bounded.
-int take_slab(kvs_pipe& pipe, Slab** slab) {
+// With `ahead` it is the device that waits, and everything is enqueued at once.
+int take_slab(kvs_pipe& pipe, bool ahead, Slab** slab) {
     const size_t turn = pipe.next_slab++;
     *slab = &pipe.slabs[turn % pipe.slabs.size()];
-    KVS_TRY(cudaEventSynchronize((*slab)->free));
     (*slab)->copies = pipe.copies[turn % COPY_STREAMS];
+    KVS_TRY(ahead ? cudaStreamWaitEvent((*slab)->copies, (*slab)->free, 0) : cudaEventSynchronize((*slab)->free));
     return 0;
 }
 
@@ -193,9 +194,9 @@ int launch(Kernel kernel, const kvs_pipe& pipe, const Piece& piece, int64_t chun
     return 0;
 }
 
-int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
+int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch, bool ahead) {
     Slab* slab;
-    if (const int error = take_slab(pipe, &slab)) return error;
+    if (const int error = take_slab(pipe, ahead, &slab)) return error;
     if (const int error = copy_runs(piece, *slab, batch, true)) return error;
     KVS_TRY(cudaEventRecord(slab->filled, slab->copies));
     KVS_TRY(cudaStreamWaitEvent(pipe.kernels, slab->filled, 0));
@@ -208,7 +209,7 @@ int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
 
 int save_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     Slab* slab;
-    if (const int error = take_slab(pipe, &slab)) return error;
+    if (const int error = take_slab(pipe, false, &slab)) return error;
     Job job = job_of(pipe, piece, *slab, batch);
     if (const int error = launch(gather_kernel, pipe, piece, batch.count, piece.tables_bytes, job)) return error;
     KVS_TRY(cudaEventRecord(slab->filled, pipe.kernels));
@@ -231,7 +232,7 @@ Batch next_batch(const kvs_pipe& pipe, const kvs_chunks& chunks, int64_t first, 
 
 // Enqueues chunks until `expires`; `begun` counts them.
 int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunks& chunks, void* after, double expires,
-            bool load, int64_t* begun) {
+            bool load, bool ahead, int64_t* begun) {
     *begun = 0;
     KVS_TRY(cudaSetDevice(pipe.shape.device));
     const std::lock_guard<std::mutex> lock(pipe.turn);
@@ -249,7 +250,7 @@ int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunks& chunks, void* 
         *begun += batch.count;
         for (const Piece& piece : batch.plan.pieces) {
             if (error != 0 || batch.count == 0) break;
-            error = load ? load_piece(pipe, piece, batch) : save_piece(pipe, piece, batch);
+            error = load ? load_piece(pipe, piece, batch, ahead) : save_piece(pipe, piece, batch);
         }
     }
     for (size_t i = 0; i < COPY_STREAMS; ++i) {
@@ -302,7 +303,7 @@ int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
     for (int64_t i = 0; i < n_plans; ++i) {
         if (const int error = make_plan(pipe.shape, plans[i], &pipe.plans[static_cast<size_t>(i)])) return error;
     }
-    KVS_TRY(cudaEventCreateWithFlags(&pipe.read, cudaEventDisableTiming));
+    KVS_TRY(cudaEventCreateWithFlags(&pipe.held, cudaEventDisableTiming));
     for (cudaStream_t& stream : pipe.copies) {
         KVS_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     }
@@ -358,7 +359,7 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
         cudaFree(plan.planes);
         cudaFree(plan.first_of);
     }
-    if (pipe->read != nullptr) cudaEventDestroy(pipe->read);
+    if (pipe->held != nullptr) cudaEventDestroy(pipe->held);
     for (cudaStream_t stream : pipe->copies) {
         if (stream != nullptr) cudaStreamDestroy(stream);
     }
@@ -385,20 +386,20 @@ int kvs_pipe_begin(kvs_pipe* pipe, kvs_ticket** ticket) noexcept {
 }
 
 int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, void* after, double expires,
-                  int64_t* begun) noexcept {
-    return enqueue(*pipe, *ticket, *chunks, after, expires, true, begun);
+                  int32_t ahead, int64_t* begun) noexcept {
+    return enqueue(*pipe, *ticket, *chunks, after, expires, true, ahead != 0, begun);
 }
 
 int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, void* after) noexcept {
     int64_t begun;
-    return enqueue(*pipe, *ticket, *chunks, after, std::numeric_limits<double>::infinity(), false, &begun);
+    return enqueue(*pipe, *ticket, *chunks, after, std::numeric_limits<double>::infinity(), false, false, &begun);
 }
 
 int kvs_pipe_hold(kvs_pipe* pipe, void* stream) noexcept {
     KVS_TRY(cudaSetDevice(pipe->shape.device));
     // Not in turn: another call may be waiting for slabs. What was enqueued before is covered all the same.
-    KVS_TRY(cudaEventRecord(pipe->read, pipe->kernels));
-    return static_cast<int>(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), pipe->read, 0));
+    KVS_TRY(cudaEventRecord(pipe->held, pipe->kernels));
+    return static_cast<int>(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), pipe->held, 0));
 }
 
 int kvs_pipe_end(kvs_pipe* pipe, kvs_ticket* ticket, int64_t* flags) noexcept {

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +61,21 @@ class Chunk:
     block_ids: tuple[int, ...]
     key: bytes
     way: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The last chunks of a load, which its caller may rely on before they have come.
+
+    `is_sure` is asked when they are about to be copied: whether their bytes in the slots have been
+    verified, and the engine has nothing to do meanwhile. If so, `handed_over` is called once all others
+    are in their blocks and these are enqueued: a stream that `DevicePipe.hold` has been told of may then
+    use all. They are verified again as they are unpacked; the load's outcome says how that went.
+    """
+
+    chunks: int
+    is_sure: Callable[[], bool]
+    handed_over: Callable[[], None]
 
 
 class _Shape(ctypes.Structure):
@@ -148,6 +165,7 @@ class DevicePipe:
         library: DeviceLibrary | None = None,
     ) -> None:
         self.cache = cache
+        self._turn = threading.Lock()  # nothing comes between the two parts of a load
         self._layouts = [layout, *(way for way in layout.ways if way.codec != layout.codec)]
         self._library = library or load_device_library()
         self._blocks = layout.chunk_tokens // cache.block_tokens
@@ -170,10 +188,13 @@ class DevicePipe:
         )
         self._library.check(error)
 
-    def load(self, chunks: Sequence[Chunk], after: int, expires: float) -> tuple[int, ChunkMismatch | None]:
+    def load(
+        self, chunks: Sequence[Chunk], after: int, expires: float, rest: Rest | None = None
+    ) -> tuple[int, ChunkMismatch | None]:
         """Slots -> blocks, behind the CUDA event `after` (0: none).
 
-        No chunk is begun past `expires` (monotonic seconds).
+        No chunk is begun past `expires` (monotonic seconds). With a `rest`, the load may be handed over
+        before its end.
 
         Returns:
             How many chunks, from the first, are in their blocks; and what was wrong with the next, if
@@ -184,9 +205,13 @@ class DevicePipe:
             ValueError: a block id outside the cache, or a wrong number of them.
         """
         done = 0
+        first = len(chunks) - rest.chunks if rest else 0
         for begin in range(0, len(chunks), CHUNKS_MAX):
             some = chunks[begin : begin + CHUNKS_MAX]
-            copied, mismatch = self._load_some(some, after, expires)
+            if rest is not None and begin + len(some) == len(chunks) and begin < first:
+                copied, mismatch = self._load_and_hand_over(some, first - begin, after, expires, rest)
+            else:
+                copied, mismatch = self._load_some(some, after, expires)
             done += copied
             if copied < len(some):
                 return done, mismatch
@@ -195,13 +220,36 @@ class DevicePipe:
     def _load_some(
         self, chunks: Sequence[Chunk], after: int, expires: float
     ) -> tuple[int, ChunkMismatch | None]:
+        native = self._native(chunks, may_skip=True)
         with _Job(self._library, self._pipe) as job:
-            stopped = job.load(self._native(chunks, may_skip=True), after, expires)
-        for index, flag in enumerate(job.flags):
-            if flag != _ALL_GOOD:
-                return index, ChecksumMismatch(flag)
-        done = len(job.flags)
-        return done, HeaderMismatch.of(chunks[done].key) if stopped else None
+            with self._turn:
+                job.load(native, after, expires)
+            job.end()
+        return _outcome(chunks, job)
+
+    def _load_and_hand_over(
+        self, chunks: Sequence[Chunk], split: int, after: int, expires: float, rest: Rest
+    ) -> tuple[int, ChunkMismatch | None]:
+        """In two parts, the second of them enqueued ahead if it is sure to be what it should be."""
+        first, second = (
+            self._native(chunks[:split], may_skip=True),
+            self._native(chunks[split:], may_skip=True),
+        )
+        with _Job(self._library, self._pipe) as begun, _Job(self._library, self._pipe) as ahead:
+            with self._turn:
+                begun.load(first, after, expires)
+                sure = begun.count == split and rest.is_sure()
+                if begun.count == split:
+                    ahead.load(second, 0, math.inf if sure else expires, ahead=sure)
+            begun.end()
+            if sure and begun.all_good and ahead.count == rest.chunks:
+                rest.handed_over()
+            ahead.end()
+        done, mismatch = _outcome(chunks, begun)
+        if done < split:
+            return done, mismatch
+        done, mismatch = _outcome(chunks[split:], ahead)
+        return split + done, mismatch
 
     def save(
         self, chunks: Sequence[Chunk], after: int, covered: Callable[[], None] = lambda: None
@@ -219,6 +267,7 @@ class DevicePipe:
                 job.save(self._native(chunks, may_skip=False), after)
             finally:
                 covered()
+            job.end()
         outcome: list[DoesNotFit | None] = []
         for chunk, flag in zip(chunks, job.flags, strict=True):
             if flag == _ALL_GOOD:
@@ -228,7 +277,7 @@ class DevicePipe:
         return outcome
 
     def hold(self, stream: int) -> None:
-        """Make the CUDA stream `stream` wait until all saves enqueued so far have read their blocks.
+        """Make the CUDA stream `stream` wait until what is enqueued so far has read or written its blocks.
 
         Raises:
             DeviceError: CUDA refused.
@@ -266,30 +315,40 @@ class _Native:
 
 
 class _Job:
-    """kvs_ticket: however the `with` ends, all that was enqueued is over afterwards.
-
-    `flags` are then those of the chunks that were begun.
-    """
+    """kvs_ticket: however the `with` ends, all that was enqueued is over afterwards."""
 
     def __init__(self, library: DeviceLibrary, pipe: ctypes.c_void_p) -> None:
         self._library, self._pipe = library, pipe
         self._ticket = ctypes.c_void_p()
-        self._begun = 0
-        self.flags: list[int] = []
+        self.count = 0  # chunks begun
+        self.other_chunk = False  # it stopped at a slot that holds something else than its chunk
+        self.flags: list[int] = []  # of the chunks begun, once it has ended
 
     def __enter__(self) -> _Job:
         self._library.check(self._library.native.kvs_pipe_begin(self._pipe, ctypes.byref(self._ticket)))
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        flags = (ctypes.c_int64 * CHUNKS_MAX)()
-        error = self._library.native.kvs_pipe_end(self._pipe, self._ticket, flags)
-        if kind is None:
-            self._library.check(error)
-            self.flags = flags[: self._begun]
+    def __exit__(self, *_: object) -> None:
+        if self._ticket:
+            self._end()
 
-    def load(self, chunks: _Native, after: int, expires: float) -> bool:
-        """Whether it stopped at a slot that holds something else than its chunk."""
+    def end(self) -> None:
+        """Wait for what was enqueued. Raises DeviceError: nothing can be said about any of it."""
+        self._library.check(self._end())
+
+    def _end(self) -> int:
+        flags = (ctypes.c_int64 * CHUNKS_MAX)()
+        ticket, self._ticket = self._ticket, ctypes.c_void_p()
+        error: int = self._library.native.kvs_pipe_end(self._pipe, ticket, flags)
+        self.flags = flags[: self.count]
+        return error
+
+    @property
+    def all_good(self) -> bool:
+        return not self.other_chunk and all(flag == _ALL_GOOD for flag in self.flags)
+
+    def load(self, chunks: _Native, after: int, expires: float, ahead: bool = False) -> None:
+        """`ahead`: all at once, whatever staging memory is free."""
         begun = ctypes.c_int64()
         error = self._library.native.kvs_pipe_load(
             self._pipe,
@@ -297,13 +356,13 @@ class _Job:
             ctypes.byref(chunks.struct),
             after or None,
             expires,
+            ahead,
             ctypes.byref(begun),
         )
-        self._begun += begun.value
-        if error == _OTHER_CHUNK:
-            return True
-        self._library.check(error)
-        return False
+        self.count += begun.value
+        self.other_chunk = error == _OTHER_CHUNK
+        if not self.other_chunk:
+            self._library.check(error)
 
     def save(self, chunks: _Native, after: int) -> None:
         self._library.check(
@@ -311,7 +370,15 @@ class _Job:
                 self._pipe, self._ticket, ctypes.byref(chunks.struct), after or None
             )
         )
-        self._begun += chunks.count
+        self.count += chunks.count
+
+
+def _outcome(chunks: Sequence[Chunk], job: _Job) -> tuple[int, ChunkMismatch | None]:
+    """How many of a load's chunks are in their blocks, and what was wrong with the next."""
+    for index, flag in enumerate(job.flags):
+        if flag != _ALL_GOOD:
+            return index, ChecksumMismatch(flag)
+    return job.count, HeaderMismatch.of(chunks[job.count].key) if job.other_chunk else None
 
 
 def load_device_library(path: Path | None = None) -> DeviceLibrary:
@@ -350,7 +417,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.kvs_pipe_close.restype = None
     native.kvs_pipe_begin.argtypes = [pointer, ctypes.POINTER(pointer)]
     native.kvs_pipe_load.argtypes = [
-        pointer, pointer, chunks, pointer, ctypes.c_double, ctypes.POINTER(int64),
+        pointer, pointer, chunks, pointer, ctypes.c_double, ctypes.c_int32, ctypes.POINTER(int64),
     ]  # fmt: skip
     native.kvs_pipe_save.argtypes = [pointer, pointer, chunks, pointer]
     native.kvs_pipe_hold.argtypes = [pointer, pointer]

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define KVS_ABI_VERSION 4
+#define KVS_ABI_VERSION 5
 #define KVS_ALL_GOOD (-1)
 #define KVS_NO_BLOCK (-1)
 #define KVS_NO_MEMORY (-2) /* instead of an index: there was none for one unpacked sub-block */
@@ -141,17 +141,18 @@ KVS_API void kvs_pipe_close(kvs_pipe* pipe) KVS_NOEXCEPT;
  * begun must end, whatever failed in between; each is one thread's own. */
 KVS_API int kvs_pipe_begin(kvs_pipe* pipe, kvs_ticket** ticket) KVS_NOEXCEPT;
 
-/* Enqueues slots -> blocks, behind the event `after` (or NULL); waits only for staging memory. No chunk is
- * begun past `expires` (monotonic seconds), none from the first on whose slot begins otherwise than it
- * should (KVS_OTHER_CHUNK); `begun` says how many were. */
+/* Enqueues slots -> blocks, behind the event `after` (or NULL); waits only for staging memory, and with `ahead`
+ * not for that either: the device does. No chunk is begun past `expires` (monotonic seconds), none from the
+ * first on whose slot begins otherwise than it should (KVS_OTHER_CHUNK); `begun` says how many were. */
 KVS_API int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, void* after,
-                          double expires, int64_t* begun) KVS_NOEXCEPT;
+                          double expires, int32_t ahead, int64_t* begun) KVS_NOEXCEPT;
 
 /* Enqueues blocks -> slots; as above. */
 KVS_API int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks,
                           void* after) KVS_NOEXCEPT;
 
-/* Makes `stream` wait until all saves enqueued so far have read their blocks; returns at once. One thread's. */
+/* Makes `stream` wait until all that is enqueued so far has read its blocks (saves) or written them (loads);
+ * returns at once. One thread's. */
 KVS_API int kvs_pipe_hold(kvs_pipe* pipe, void* stream) KVS_NOEXCEPT;
 
 /* Waits for all that the job has enqueued. flags[i], for the i-th chunk begun, is KVS_ALL_GOOD or the

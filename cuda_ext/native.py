@@ -19,7 +19,7 @@ from kvstrata.core.digest import DIGEST_BYTES
 from kvstrata.core.errors import KVStrataError
 from kvstrata.core.layout import CODEC_PACKED, CODEC_RAW, ChunkLayout, LayerSpec, SubBlock, writer_of
 
-ABI_VERSION = 4  # KVS_ABI_VERSION in kvstrata.h
+ABI_VERSION = 5  # KVS_ABI_VERSION in kvstrata.h
 LIBRARY_NAME = "_kvstrata_cpu.so"
 NO_BLOCK = -1  # KVS_NO_BLOCK: this block takes no part in a scatter
 _ALL_GOOD, _NO_MEMORY = -1, -2

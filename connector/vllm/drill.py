@@ -25,14 +25,19 @@ class _ZeroedLoads:
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         return self._copies.save(jobs, after, covered)
 
+    engine_idle = False
+
     def hold(self, stream: int) -> None:
         self._copies.hold(stream)
+
+    def follow(self, stream: int) -> None:
+        self._copies.follow(stream)
 
     def close(self) -> None:
         self._copies.close()
 
-    def load(self, job: LoadJob, after: Fence | None) -> Report:
-        report = self._copies.load(job, after)
+    def load(self, job: LoadJob, after: Fence | None, handed_over: Callable[[], None] | None) -> Report:
+        report = self._copies.load(job, after, None)
         blocks = [block for chunk in job.chunks for block in chunk.blocks if block >= 0]
         for cache in self._caches.values():
             cache[blocks] = 0

@@ -38,6 +38,7 @@ class Loading:
     first_chunk: int
     tokens: int
     ranks_ended: int = 0
+    in_use: bool = False  # it was handed over, and a step has used its blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,6 +233,8 @@ class SchedulerConnector:
     def _note_scheduled(self, output: SchedulerOutput) -> None:
         """Follow every scheduled request's blocks and tokens; want saves for what this step completes."""
         self._begun.update(output.num_scheduled_tokens)
+        for loading in self._loading.values():
+            loading.in_use = loading.in_use or loading.request_id in output.num_scheduled_tokens
         for step in scheduled(output):
             if tracked := self._tracked.get(step.request_id):
                 if step.afresh:
@@ -300,7 +302,9 @@ class SchedulerConnector:
             self._outbox.used.append(tuple(tracked.chain.keys[: tracked.next_save]))
 
     def _is_loading(self, request_id: str) -> bool:
-        return any(loading.request_id == request_id for loading in self._loading.values())
+        return any(
+            loading.request_id == request_id and not loading.in_use for loading in self._loading.values()
+        )
 
     # --- the workers' reports ----------------------------------------------------------------
 

@@ -20,6 +20,7 @@ COUNTERS = {
     "unasked_lookups": "Requests that were not looked up because no node store was in reach",
     "bypassed_requests": "Requests that cannot be cached",
     "loaded_tokens": "Prompt tokens loaded instead of computed",
+    "loads_handed_over": "Loads whose requests went on before their last bytes had come",
     "failed_loads": "Loads that failed; their requests were recomputed",
     "corrupt_chunks": "Stored chunks refused because their bytes failed the check",
     "saved_chunks": "Chunks copied to the host pool",

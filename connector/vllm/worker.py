@@ -20,6 +20,7 @@ from kvstrata.connector.vllm.metadata import StepWork, WorkDone
 from kvstrata.connector.vllm.stats import Stats
 from kvstrata.controller.client import SegmentMap, worker_segments
 from kvstrata.core.config import Config
+from kvstrata.core.errors import KVStrataError
 from kvstrata.core.layout import ChunkLayout
 from kvstrata.core.units import format_size
 from kvstrata.cuda_ext.native import CopyEngine, EngineCache
@@ -28,6 +29,19 @@ log = logging.getLogger("kvstrata.vllm")
 
 _IDLE_WAIT_S = 0.001
 _SAVES_AT_ONCE = 4  # a flush waits for so many that are on their way
+
+
+class LateMismatch(KVStrataError):
+    """Stored bytes changed between their verification by a processor and the one on the device.
+
+    No answer may come of a step that used them, and vLLM cannot take such a step back.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"KV for request {request_id} was verified in host memory and came to the device changed: "
+            "the engine stops, so that nobody gets a wrong answer. Check this host's memory and PCIe link"
+        )
 
 
 class WorkerConnector:
@@ -49,6 +63,7 @@ class WorkerConnector:
         self._device = torch.device("cpu")
         self._moved = "chunks_moved_by_cpu"  # counts what the copies of this device do
         self._loads: dict[int, tuple[str, LoadJob]] = {}
+        self._handed_over: set[int] = set()  # of these
         self._done = WorkDone()
         self._bad_blocks: set[int] = set()
         self.stats = Stats()
@@ -87,7 +102,7 @@ class WorkerConnector:
         )
         registration = DeviceRegistration(library, device)
         self._segments = worker_segments(node, self._client, self._rank, registration)
-        return DeviceCopies(loads, saves, self._segments, [way.slot_bytes for way in ways])
+        return DeviceCopies(loads, saves, self._segments, ways)
 
     def _fence(self) -> Fence | None:
         """What the engine has asked of its device so far."""
@@ -97,10 +112,9 @@ class WorkerConnector:
         event.record()
         return Fence(event.cuda_event, event)
 
-    def _hold(self) -> None:
-        """The device does nothing more for the engine before flushed saves have read their blocks."""
-        if self._copies is not None and self._device.type == "cuda":
-            self._copies.hold(torch.cuda.current_stream(self._device).cuda_stream)
+    def _stream(self) -> int:
+        """The one that the engine computes on; 0: there is no device."""
+        return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
 
     def before_step(self, work: StepWork) -> None:
         """Start copies; wait for saves whose blocks this step, or a load, overwrites.
@@ -108,31 +122,55 @@ class WorkerConnector:
         Loads start here and not in vLLM's own hook for it, which comes after the forward pass: their
         requests wait outside the batch, and their blocks are nobody else's.
         """
-        if self._transfer is None:
+        if self._transfer is None or self._copies is None:
             return
+        self._copies.engine_idle = work.idle
+        if self._handed_over:  # before all fences of this step
+            self._copies.follow(self._stream())
         if work.saves:
             self._transfer.submit(saves=work.saves, after=self._fence())
         if work.flush:
             self._transfer.flush(work.flush)
-            self._hold()
+            self._copies.hold(self._stream())  # the engine goes on once they have read their blocks
         if work.loads:
             self._loads.update((load.job, (request_id, load)) for request_id, load in work.loads)
             self._transfer.submit(loads=[load for _, load in work.loads], after=self._fence())
 
     def finished_loads(self, work: StepWork) -> set[str]:
-        """Requests whose load has ended, well or not."""
+        """Requests whose load has ended, well or not, or was handed over.
+
+        Raises:
+            LateMismatch: a load that was handed over failed after all.
+        """
         if self._transfer is None:
             return set()
-        requests: set[str] = set()
-        for report in self._transfer.poll(_IDLE_WAIT_S if work.idle else 0.0):
-            if report.job in self._loads:
-                requests.add(self._load_ended(report))
-            else:
-                self._save_ended(report)
+        followed = set(self._handed_over)  # a step that computes may have used their blocks
+        requests = self._take_reports(_IDLE_WAIT_S if work.idle else 0.0)
+        while followed & self._handed_over and not work.idle:
+            requests |= self._take_reports(_IDLE_WAIT_S)
         return requests
 
-    def _load_ended(self, report: Report) -> str:
+    def _take_reports(self, wait_s: float) -> set[str]:
+        assert self._transfer is not None
+        requests: set[str] = set()
+        for report in self._transfer.poll(wait_s):
+            if report.job not in self._loads:
+                self._save_ended(report)
+            elif report.ended:
+                requests |= self._load_ended(report)
+            else:
+                self._handed_over.add(report.job)
+                self.stats.count("loads_handed_over")
+                requests.add(self._loads[report.job][0])
+        return requests
+
+    def _load_ended(self, report: Report) -> set[str]:
+        """The request that waits for it, if it still does."""
         request_id, load = self._loads.pop(report.job)
+        was_handed_over = report.job in self._handed_over
+        self._handed_over.discard(report.job)
+        if was_handed_over and not report.ok:
+            raise LateMismatch(request_id)
         self._done.loaded[report.job] = 1
         self.stats.count(self._moved, len(load.chunks) if report.ok else report.failed_from)
         self.stats.count("bytes_loaded", report.nbytes)
@@ -143,7 +181,7 @@ class WorkerConnector:
             self._bad_blocks.update(block for chunk in missing for block in chunk.blocks if block >= 0)
         if report.corrupt is not None:
             self._done.corrupt.add(report.corrupt)
-        return request_id
+        return set() if was_handed_over else {request_id}
 
     def _save_ended(self, report: Report) -> None:
         self._done.saved[report.job] = 1

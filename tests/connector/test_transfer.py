@@ -339,11 +339,18 @@ class EarlyReader:
 
     def __init__(self) -> None:
         self.read, self.written = threading.Event(), threading.Event()
+        self.good = True  # what becomes of loads
         self.order: list[int] = []
         self.held: list[int] = []
 
-    def load(self, job: LoadJob, after: object) -> Report:
-        raise AssertionError("nothing is loaded here")
+    engine_idle = False
+
+    def load(self, job: LoadJob, after: object, handed_over: Callable[[], None] | None) -> Report:
+        """Hands over at once, ends when told to."""
+        assert handed_over is not None
+        handed_over()
+        assert self.written.wait(SOON_S)
+        return Report(job.job, ok=self.good)
 
     def save(self, jobs: Sequence[SaveJob], after: object, covered: Callable[[], None]) -> list[Report]:
         self.order += [job.job for job in jobs]
@@ -355,7 +362,24 @@ class EarlyReader:
     def hold(self, stream: int) -> None:
         self.held.append(stream)
 
+    def follow(self, stream: int) -> None: ...
+
     def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_load_that_is_handed_over_is_reported_twice(good: bool) -> None:
+    copies = EarlyReader()
+    copies.good = good
+    transfer = Transfer(copies, [Role.LOADS])
+    transfer.submit(loads=[load(1, 1)])
+    (early,) = transfer.poll(SOON_S)
+    assert (early.job, early.ok, early.ended) == (1, True, False)
+    assert transfer.poll(0.01) == []
+    copies.written.set()
+    (end,) = transfer.poll(SOON_S)
+    assert (end.job, end.ok, end.ended) == (1, good, True)
+    transfer.close()
 
 
 def test_a_flush_waits_until_blocks_are_read_not_until_they_are_stored() -> None:

@@ -13,7 +13,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from kvstrata.core.layout import CODEC_PACKED, CODEC_RAW, ChunkLayout
-from kvstrata.cuda_ext.device import Chunk, DeviceError, DeviceLibrary, DevicePipe, load_device_library
+from kvstrata.cuda_ext.device import (
+    Chunk,
+    DeviceError,
+    DeviceLibrary,
+    DevicePipe,
+    Rest,
+    load_device_library,
+)
 from kvstrata.cuda_ext.native import (
     NO_BLOCK,
     ChecksumMismatch,
@@ -297,6 +304,78 @@ def test_blocks_are_overwritten_only_when_they_have_been_read(serving: Serving) 
     assert not serving.blocks_equal(serving.chunks[:1])
     assert serving.load.load(serving.chunks, 0, NEVER) == (CHUNKS, None)
     assert serving.blocks_equal(serving.chunks)
+
+
+class TestHandingOver:
+    """A load whose last chunks are relied on before they have come."""
+
+    def test_a_stream_that_is_held_finds_all_of_it(self, serving: Serving) -> None:
+        assert serving.save.save(serving.chunks, 0) == [None] * CHUNKS
+        stream, found = torch.cuda.Stream(), []
+
+        def use() -> None:
+            serving.load.hold(stream.cuda_stream)
+            with torch.cuda.stream(stream):  # in the stream's order, without waiting here
+                for plane in serving.planes:
+                    assert plane
+                    found.append(plane.storage.clone())
+
+        for _ in range(20):
+            serving.poison()
+            found.clear()
+            rest = Rest(CHUNKS // 2, lambda: True, use)
+            assert serving.load.load(serving.chunks, 0, NEVER, rest) == (CHUNKS, None)
+            torch.cuda.synchronize()
+            assert serving.blocks_equal(serving.chunks[::7])
+            for plane, then in zip(serving.planes, found, strict=True):
+                assert plane
+                assert torch.equal(plane.storage, then)
+
+    @pytest.mark.parametrize("of_the_rest", [False, True])
+    def test_not_if_a_chunk_is_damaged_before(self, serving: Serving, of_the_rest: bool) -> None:
+        """In the rest it is the caller who would have seen it; the outcome tells all the same."""
+        assert serving.save.save(serving.chunks, 0) == [None] * CHUNKS
+        told: list[bool] = []
+        bad = CHUNKS - 2 if of_the_rest else 3
+        serving.pinned.slot(bad)[serving.layout.payload_offset + 77] ^= 4
+        rest = Rest(CHUNKS // 2, lambda: True, lambda: told.append(True))
+        done, why = serving.load.load(serving.chunks, 0, NEVER, rest)
+        assert done == bad and isinstance(why, ChecksumMismatch)
+        assert told == [True] * of_the_rest
+
+    def test_not_if_nobody_is_sure(self, serving: Serving) -> None:
+        assert serving.save.save(serving.chunks, 0) == [None] * CHUNKS
+        serving.poison()
+        rest = Rest(CHUNKS // 2, lambda: False, lambda: pytest.fail("handed over"))
+        assert serving.load.load(serving.chunks, 0, NEVER, rest) == (CHUNKS, None)
+        assert serving.blocks_equal(serving.chunks[::7])
+
+    @pytest.mark.parametrize("other", [5, CHUNKS - 3])
+    def test_not_if_a_slot_holds_another_chunk(self, serving: Serving, other: int) -> None:
+        assert serving.save.save(serving.chunks, 0) == [None] * CHUNKS
+        serving.pinned.slot(other)[30] ^= 1
+        rest = Rest(CHUNKS // 2, lambda: True, lambda: pytest.fail("handed over"))
+        done, why = serving.load.load(serving.chunks, 0, NEVER, rest)
+        assert done == other and isinstance(why, HeaderMismatch)
+
+    def test_the_loads_of_two_threads_do_not_mix(self, serving: Serving) -> None:
+        """Each in two parts: the second one's may not come between the first one's."""
+        assert serving.save.save(serving.chunks, 0) == [None] * CHUNKS
+        serving.poison()
+        parts = [serving.chunks[:20], serving.chunks[20:]]
+        outcomes: list[object] = [None, None]
+
+        def run(i: int) -> None:
+            rest = Rest(8, lambda: True, lambda: None)
+            outcomes[i] = serving.load.load(parts[i], 0, NEVER, rest)
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes == [(20, None), (20, None)]
+        assert serving.blocks_equal(serving.chunks[::7])
 
 
 class TestRefusals:
