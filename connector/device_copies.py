@@ -35,10 +35,9 @@ _ADVICE = {  # by cudaError_t
 }
 
 
-# The part of a load that is handed over before it has come: what the link moves while an idle engine hears of
-# it, plans a step and launches it; but no more than processors verify while the link moves all before it.
+# At most so much of a load is handed over before it has come: what the link moves while an idle engine hears
+# of it, plans a step and launches it.
 REST_BYTES = 512 << 20
-REST_SHARE = 0.4
 _VERIFYING_THREADS = 4
 
 
@@ -88,25 +87,24 @@ class DeviceCopies:
     @contextlib.contextmanager
     def _verified_rest(
         self, job: LoadJob, chunks: Sequence[Chunk], handed_over: Callable[[], None]
-    ) -> Iterator[Rest | None]:
-        """The last chunks of a load, which processors verify while the others are copied."""
-        room = min(REST_BYTES, int(REST_SHARE * sum(copy.nbytes for copy in job.chunks)))
-        sizes = itertools.accumulate(copy.nbytes for copy in reversed(job.chunks))
-        count = sum(1 for _ in itertools.takewhile(lambda nbytes: nbytes <= room, sizes))
-        if not count:
-            yield None
-            return
-        verdicts = [self._verifiers.submit(self._is_good, chunk) for chunk in chunks[-count:]]
+    ) -> Iterator[Rest]:
+        """The last chunks of a load, which processors verify while the others are copied.
 
-        def is_sure() -> bool:
-            return self.engine_idle and all(_said_yes(verdict) for verdict in verdicts)
+        From the last one backwards, until they meet the copies.
+        """
+        sizes = itertools.accumulate(copy.nbytes for copy in reversed(job.chunks[1:]))
+        count = sum(1 for _ in itertools.takewhile(lambda nbytes: nbytes <= REST_BYTES, sizes))
+        backwards = [self._verifiers.submit(self._is_good, chunk) for chunk in chunks[: -count - 1 : -1]]
+
+        def is_sure(first: int) -> bool:
+            return self.engine_idle and all(map(_said_yes, backwards[: len(chunks) - first]))
 
         try:
-            yield Rest(count, is_sure, handed_over)
+            yield Rest(len(chunks) - count, is_sure, handed_over)
         finally:
-            for verdict in verdicts:
+            for verdict in backwards:
                 verdict.cancel()
-            wait(verdicts)  # they read memory that is mapped until then
+            wait(backwards)  # they read memory that is mapped until then
 
     def _is_good(self, chunk: Chunk) -> bool:
         try:

@@ -67,14 +67,15 @@ class Chunk:
 class Rest:
     """The last chunks of a load, which its caller may rely on before they have come.
 
-    `is_sure` is asked when they are about to be copied: whether their bytes in the slots have been
-    verified, and the engine has nothing to do meanwhile. If so, `handed_over` is called once all others
-    are in their blocks and these are enqueued: a stream that `DevicePipe.hold` has been told of may then
-    use all. They are verified again as they are unpacked; the load's outcome says how that went.
+    From the chunk `first` on, `is_sure` is asked for each before it is enqueued: whether the bytes of it and
+    of all after it have been verified in their slots, and the engine has nothing to do meanwhile. Once that
+    is so, all of them are enqueued, and `handed_over` is called when those before are in their blocks: a
+    stream that `DevicePipe.hold` has been told of may then use all. Each is verified again as it is unpacked;
+    the load's outcome says how that went.
     """
 
-    chunks: int
-    is_sure: Callable[[], bool]
+    first: int
+    is_sure: Callable[[int], bool]
     handed_over: Callable[[], None]
 
 
@@ -165,7 +166,8 @@ class DevicePipe:
         library: DeviceLibrary | None = None,
     ) -> None:
         self.cache = cache
-        self._turn = threading.Lock()  # nothing comes between the two parts of a load
+        self._turn = threading.Lock()  # nothing comes between the parts of a load
+        self._step = max(1, staging_bytes // 6 // layout.slot_bytes)  # chunks that fill a slab
         self._layouts = [layout, *(way for way in layout.ways if way.codec != layout.codec)]
         self._library = library or load_device_library()
         self._blocks = layout.chunk_tokens // cache.block_tokens
@@ -205,44 +207,32 @@ class DevicePipe:
             ValueError: a block id outside the cache, or a wrong number of them.
         """
         done = 0
-        first = len(chunks) - rest.chunks if rest else 0
         for begin in range(0, len(chunks), CHUNKS_MAX):
             some = chunks[begin : begin + CHUNKS_MAX]
-            if rest is not None and begin + len(some) == len(chunks) and begin < first:
-                copied, mismatch = self._load_and_hand_over(some, first - begin, after, expires, rest)
-            else:
-                copied, mismatch = self._load_some(some, after, expires)
+            last = begin + len(some) == len(chunks)
+            copied, mismatch = self._load_some(some, after, expires, rest if last else None, begin)
             done += copied
             if copied < len(some):
                 return done, mismatch
         return done, None
 
     def _load_some(
-        self, chunks: Sequence[Chunk], after: int, expires: float
+        self, chunks: Sequence[Chunk], after: int, expires: float, rest: Rest | None, place: int
     ) -> tuple[int, ChunkMismatch | None]:
-        native = self._native(chunks, may_skip=True)
-        with _Job(self._library, self._pipe) as job:
-            with self._turn:
-                job.load(native, after, expires)
-            job.end()
-        return _outcome(chunks, job)
-
-    def _load_and_hand_over(
-        self, chunks: Sequence[Chunk], split: int, after: int, expires: float, rest: Rest
-    ) -> tuple[int, ChunkMismatch | None]:
-        """In two parts, the second of them enqueued ahead if it is sure to be what it should be."""
-        first, second = (
-            self._native(chunks[:split], may_skip=True),
-            self._native(chunks[split:], may_skip=True),
-        )
+        """As many chunks as a job may have, the first of which is the load's chunk number `place`."""
+        split = max(1, rest.first - place) if rest else len(chunks)
+        native = self._native(chunks[:split], may_skip=True)
         with _Job(self._library, self._pipe) as begun, _Job(self._library, self._pipe) as ahead:
             with self._turn:
-                begun.load(first, after, expires)
-                sure = begun.count == split and rest.is_sure()
-                if begun.count == split:
-                    ahead.load(second, 0, math.inf if sure else expires, ahead=sure)
+                begun.load(native, after, expires)
+                while rest and begun.count == split < len(chunks) and not rest.is_sure(place + split):
+                    some = chunks[split : split + self._step]
+                    begun.load(self._native(some, may_skip=True), 0, expires)
+                    split += len(some)
+                if begun.count == split < len(chunks):
+                    ahead.load(self._native(chunks[split:], may_skip=True), 0, math.inf, ahead=True)
             begun.end()
-            if sure and begun.all_good and ahead.count == rest.chunks:
+            if rest and begun.all_good and 0 < ahead.count == len(chunks) - split:
                 rest.handed_over()
             ahead.end()
         done, mismatch = _outcome(chunks, begun)

@@ -138,6 +138,10 @@ class KVStrataConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Loads have started before the forward pass."""
 
+    def has_connector_metadata(self) -> bool:
+        """vLLM asks at each attention layer whether to call the two hooks below: there is nothing to do."""
+        return False
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are whole requests, outside the batch: no layer ever waits."""
 

@@ -323,7 +323,7 @@ class TestHandingOver:
         for _ in range(20):
             serving.poison()
             found.clear()
-            rest = Rest(CHUNKS // 2, lambda: True, use)
+            rest = Rest(CHUNKS // 2, lambda first: first >= CHUNKS - 9, use)
             assert serving.load.load(serving.chunks, 0, NEVER, rest) == (CHUNKS, None)
             torch.cuda.synchronize()
             assert serving.blocks_equal(serving.chunks[::7])
@@ -338,7 +338,7 @@ class TestHandingOver:
         told: list[bool] = []
         bad = CHUNKS - 2 if of_the_rest else 3
         serving.pinned.slot(bad)[serving.layout.payload_offset + 77] ^= 4
-        rest = Rest(CHUNKS // 2, lambda: True, lambda: told.append(True))
+        rest = Rest(CHUNKS // 2, lambda first: first >= CHUNKS - 9, lambda: told.append(True))
         done, why = serving.load.load(serving.chunks, 0, NEVER, rest)
         assert done == bad and isinstance(why, ChecksumMismatch)
         assert told == [True] * of_the_rest
@@ -346,7 +346,7 @@ class TestHandingOver:
     def test_not_if_nobody_is_sure(self, serving: Serving) -> None:
         assert serving.save.save(serving.chunks, 0) == [None] * CHUNKS
         serving.poison()
-        rest = Rest(CHUNKS // 2, lambda: False, lambda: pytest.fail("handed over"))
+        rest = Rest(CHUNKS // 2, lambda first: False, lambda: pytest.fail("handed over"))
         assert serving.load.load(serving.chunks, 0, NEVER, rest) == (CHUNKS, None)
         assert serving.blocks_equal(serving.chunks[::7])
 
@@ -354,7 +354,7 @@ class TestHandingOver:
     def test_not_if_a_slot_holds_another_chunk(self, serving: Serving, other: int) -> None:
         assert serving.save.save(serving.chunks, 0) == [None] * CHUNKS
         serving.pinned.slot(other)[30] ^= 1
-        rest = Rest(CHUNKS // 2, lambda: True, lambda: pytest.fail("handed over"))
+        rest = Rest(CHUNKS // 2, lambda first: first >= CHUNKS - 9, lambda: pytest.fail("handed over"))
         done, why = serving.load.load(serving.chunks, 0, NEVER, rest)
         assert done == other and isinstance(why, HeaderMismatch)
 
@@ -366,7 +366,7 @@ class TestHandingOver:
         outcomes: list[object] = [None, None]
 
         def run(i: int) -> None:
-            rest = Rest(8, lambda: True, lambda: None)
+            rest = Rest(12, lambda first: first > 14, lambda: None)
             outcomes[i] = serving.load.load(parts[i], 0, NEVER, rest)
 
         threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
