@@ -64,6 +64,7 @@ class WorkerConnector:
         self._moved = "chunks_moved_by_cpu"  # counts what the copies of this device do
         self._loads: dict[int, tuple[str, LoadJob]] = {}
         self._handed_over: set[int] = set()  # of these
+        self._told = False  # whether the last step named requests whose load has ended
         self._done = WorkDone()
         self._bad_blocks: set[int] = set()
         self.stats = Stats()
@@ -145,9 +146,11 @@ class WorkerConnector:
         if self._transfer is None:
             return set()
         followed = set(self._handed_over)  # a step that computes may have used their blocks
-        requests = self._take_reports(_IDLE_WAIT_S if work.idle else 0.0)
+        waits = work.idle and not self._told  # what was told last comes to the scheduler after this step
+        requests = self._take_reports(_IDLE_WAIT_S if waits else 0.0)
         while followed & self._handed_over and not work.idle:
             requests |= self._take_reports(_IDLE_WAIT_S)
+        self._told = bool(requests)
         return requests
 
     def _take_reports(self, wait_s: float) -> set[str]:
