@@ -80,6 +80,10 @@ class Memory:
         seen = [self.contents.get(cell, TORN) for cell in where.cells()]
         return all(content in (FLIPPED, good) for content, good in zip(seen, wanted, strict=True))
 
+    def is_good(self, where: Range, key: bytes) -> bool:
+        """What one who verifies it now would say."""
+        return [self.contents.get(cell, TORN) for cell in where.cells()] == [(key, i) for i in where.parts]
+
     def flip(self, cell: Cell) -> None:
         if cell not in self.writing and cell in self.contents:
             self._put(cell, FLIPPED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 
@@ -20,6 +21,7 @@ from kvstrata.controller.client import Answer
 from kvstrata.core.catalogue import Catalogue, Cause, Entry
 from kvstrata.core.events import Action, ClientStopped, Event, Match, Matched, Refused, Update, Why
 from kvstrata.core.planner import Client, Planner
+from tests.sim.worker import SimWorker
 from tests.sim.world import replay
 
 if TYPE_CHECKING:
@@ -302,6 +304,14 @@ def test_a_connector_that_breaks_a_promise_is_caught(
         if any(symptom in sentence for sentence in caught(seed, connector=connector)):
             return
     pytest.fail(f"{connector.__name__} went unnoticed in {SEEDS} runs")
+
+
+def test_a_step_that_does_not_come_after_loads_that_were_handed_over_is_caught() -> None:
+    with patch.object(SimWorker, "_followed", lambda worker, step: set()):
+        for seed in range(SEEDS):
+            if any("on wrong KV" in sentence for sentence in caught(seed)):
+                return
+    pytest.fail(f"it went unnoticed in {SEEDS} runs")
 
 
 def test_a_slot_of_another_store_is_missed_in_the_books() -> None:

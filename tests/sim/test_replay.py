@@ -25,6 +25,7 @@ SEEN_AT_LEAST = {
     "saved_chunks": 4000,
     "unpackable": 500,
     "flushed": 100,
+    "handed_over": 100,
     "preempted": 100,
     "slept": 1000,
     "aborted_at_once": 50,  # by the one who had woken the engine

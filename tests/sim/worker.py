@@ -1,7 +1,8 @@
 """A worker process: computes steps, and copies between blocks and slots, one at a time, loads before saves.
 
 On a device a copy that was begun goes on without its process: it ends on time while the process is
-stopped, and even when it was killed. On a CPU it stands still with it.
+stopped, and even when it was killed. On a CPU it stands still with it. A load on a device may be handed
+over while its last chunk is being copied; steps that compute then come after it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class SimWorker(Process):
         self._unmapped: set[bytes] = set()  # stores whose connection broke once
         self._steps: deque[Step] = deque()
         self._step: Step | None = None
-        self._flushing: set[int] = set()  # saves that the step waits for
+        self._awaited: set[int] = set()  # flushed saves, or loads handed over, that the step comes after
+        self._verified: int | None = None  # the load whose last chunk is being copied, and sure to be right
+        self._handed_over: set[int] = set()
         self._loads: deque[LoadJob] = deque()
         self._saves: dict[int, SaveJob] = {}
         self._requests: dict[int, tuple[str, LoadJob]] = {}
@@ -104,12 +107,18 @@ class SimWorker(Process):
         if self._step is None and self._steps:
             step = self._step = self._steps.popleft()
             self._saves.update((save.job, save) for save in step.work.saves)
-            self._flushing = {job for job in step.work.flush if job in self._saves or job == self._running}
-            self.engine.world.seen["flushed"] += bool(self._flushing)
-            if self._flushing:
+            self._awaited = {job for job in step.work.flush if job in self._saves or job == self._running}
+            self.engine.world.seen["flushed"] += bool(self._awaited)
+            self._awaited |= self._followed(step)
+            if self._awaited:
                 self._next()
             else:
                 self._compute(step)
+
+    def _followed(self, step: Step) -> set[int]:
+        """Loads that were handed over and have not ended yet: what the step computes comes after them."""
+        under_way = {self._running} if self._running is not None else set()
+        return under_way & self._handed_over if step.scheduled else set()
 
     def _compute(self, step: Step) -> None:
         """What the step overwrites is copied: the loads and the forward pass begin."""
@@ -130,6 +139,11 @@ class SimWorker(Process):
                 who = f"{self.engine.name}/{self.rank}"
                 self.engine.world.wrong.append(f"{who} starts {part.request.request_id} on wrong KV")
         results = self._results()
+        if not step.scheduled and self._verified is not None and self.clock.random.random() < 0.5:
+            self._handed_over.add(self._verified)
+            results.loaded.append(self._requests[self._verified][0])
+            self._verified = None
+            self.engine.world.seen["handed_over"] += 1
         self.engine.process.run(partial(self.engine.step_ended, step, results))
         self._step = None
         self._next_step()
@@ -146,7 +160,9 @@ class SimWorker(Process):
                     done.unpackable.add(report.job)
                 continue
             request_id, load = self._requests.pop(report.job)
-            results.loaded.append(request_id)
+            if report.job not in self._handed_over:
+                results.loaded.append(request_id)
+            self._handed_over.discard(report.job)
             done.loaded[report.job] = 1
             if not report.ok:
                 done.failed_from[report.job] = report.failed_from
@@ -165,12 +181,12 @@ class SimWorker(Process):
         self._loads.clear()
         self._saves.clear()
         self._steps.clear()
-        self._flushing.clear()
+        self._awaited.clear()
 
     def _next(self) -> None:
         if self._running is not None or not self.alive:
             return
-        urgent = next((job for job in self._saves if job in self._flushing), None)
+        urgent = next((job for job in self._saves if job in self._awaited), None)
         if urgent is not None:
             self._save(self._saves.pop(urgent))
         elif self._loads:
@@ -179,11 +195,14 @@ class SimWorker(Process):
             self._save(self._saves.pop(next(iter(self._saves))))
 
     def _ended(self, report: Report) -> None:
-        self._running = None
+        self._running = self._verified = None
+        if report.job in self._handed_over and not report.ok:
+            self.engine.world.late_mismatch(self.engine)
+            return
         self._reports.append(report)
-        if report.job in self._flushing:
-            self._flushing.discard(report.job)
-            if not self._flushing and self._step is not None:
+        if report.job in self._awaited:
+            self._awaited.discard(report.job)
+            if not self._awaited and self._step is not None:
                 self._compute(self._step)
         self._next()
 
@@ -232,6 +251,8 @@ class SimWorker(Process):
         too_late = self.clock.now > job.expires
         if too_late or not self._begin(job.epoch, chunk, False, ended, next_chunk):
             self._ended(Report(job.job, ok=False, failed_from=index))
+        elif memory is not None and self.engine.device_copies and index == len(job.chunks) - 1:
+            self._verified = job.job if memory.is_good(self._range(chunk), chunk.key) else None
 
     # --- one chunk ---------------------------------------------------------------------------
 

@@ -123,6 +123,13 @@ class World:
             engine = self.engines.pop(self.random.randrange(len(self.engines)))
             self._end(engine, killed=True)
 
+    def late_mismatch(self, engine: SimEngine) -> None:
+        """KV that was handed over came damaged: the engine ends itself before anybody sees an answer."""
+        self.seen["late_mismatch"] += 1
+        if engine in self.engines:
+            self.engines.remove(engine)
+            self._end(engine, killed=True)
+
     def _leave(self) -> None:
         """An orderly end: what was begun is finished, then every process says bye."""
         if self.engines:
