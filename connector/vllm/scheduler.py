@@ -475,14 +475,15 @@ class SchedulerConnector:
         return leases, jobs
 
     def busy(self) -> bool:
-        """Whether the engine must keep stepping: saves, news for the store, or leases that it may grant.
+        """Whether the engine must keep stepping: copies, news for the store, or leases that it may grant.
 
         Also for a while after the store went out of reach: one lost call is enough for that, and the
         store that comes back still holds what this engine had from it. Nothing wakes an idle engine.
         """
         if self._client.session is None and time.monotonic() - self._reached > _PATIENCE_S:
-            return self._saves.copying > 0
-        return bool(self._saves or self._update or self._outbox or self._lookups.unanswered)
+            return self._saves.copying > 0 or bool(self._loading)
+        books = self._saves, self._loading, self._update, self._outbox, self._lookups.unanswered
+        return any(books)
 
     def reset(self) -> None:
         """Forget the cache: nothing stored so far is found again by this engine.

@@ -100,7 +100,7 @@ class SimEngine:
         self._weights = min(slot_sizes)
         self._numbers = itertools.count(1)
         self._input: deque[Callable[[], None]] = deque()
-        self._aborts: deque[SimRequest] = deque()
+        self.aborts: deque[SimRequest] = deque()
         self._in_flight: deque[Step] = deque()
         self._asleep, self._blocked, self._reset_at_load = False, False, False
         self._leases: dict[int, tuple[SimRequest, float]] = {}  # of requests that queue, and since when
@@ -153,8 +153,8 @@ class SimEngine:
         """The oldest step is over once all workers have ended it."""
         if self._blocked and len(self._in_flight[0].results) == len(self.workers):
             self._blocked = False
-            while self._aborts:
-                self._finish(self._aborts.popleft())
+            while self.aborts:
+                self._finish(self.aborts.popleft())
             self.scheduler.update(self._in_flight.popleft())
             self.process.later(0.0, self._turn)
 
@@ -179,9 +179,9 @@ class SimEngine:
                 fate = self.random.random()
                 if fate < 0.1:
                     self.world.seen["aborted_at_once"] += asleep
-                    self._abort(request)
+                    self.abort(request)
                 elif fate < 0.25:
-                    self.world.clock.after(self.random.expovariate(3.0), partial(self._abort, request))
+                    self.world.clock.after(self.random.expovariate(3.0), partial(self.abort, request))
         seconds = self.random.choice([0.05, 0.3, 0.3, 1.5])
         self.world.clock.after(self.random.uniform(0.5, 1.5) * seconds, self._requests_come)
 
@@ -215,8 +215,8 @@ class SimEngine:
         request.truth = self.world.truth.of(self._weights, request.script)  # they may have changed meanwhile
         self.scheduler.add(request)
 
-    def _abort(self, request: SimRequest) -> None:
-        self._aborts.append(request)
+    def abort(self, request: SimRequest) -> None:
+        self.aborts.append(request)
         self.wants(partial(self._finish, request))
 
     def _finish(self, request: SimRequest) -> None:

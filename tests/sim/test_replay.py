@@ -26,6 +26,7 @@ SEEN_AT_LEAST = {
     "unpackable": 500,
     "flushed": 100,
     "handed_over": 100,
+    "aborted_when_handed_over": 5,
     "preempted": 100,
     "slept": 1000,
     "aborted_at_once": 50,  # by the one who had woken the engine

@@ -140,13 +140,21 @@ class SimWorker(Process):
                 self.engine.world.wrong.append(f"{who} starts {part.request.request_id} on wrong KV")
         results = self._results()
         if not step.scheduled and self._verified is not None and self.clock.random.random() < 0.5:
-            self._handed_over.add(self._verified)
-            results.loaded.append(self._requests[self._verified][0])
+            results.loaded.append(self._hand_over(self._verified))
             self._verified = None
-            self.engine.world.seen["handed_over"] += 1
         self.engine.process.run(partial(self.engine.step_ended, step, results))
         self._step = None
         self._next_step()
+
+    def _hand_over(self, job: int) -> str:
+        """The request that goes on, unless somebody aborts it just then."""
+        self._handed_over.add(job)
+        self.engine.world.seen["handed_over"] += 1
+        request_id = self._requests[job][0]
+        if self.clock.random.random() < 0.1:
+            self.engine.world.seen["aborted_when_handed_over"] += 1
+            self.engine.abort(self.engine.scheduler.requests[request_id])
+        return request_id
 
     def _results(self) -> Results:
         """What has ended since the last step, as `WorkerConnector` says it."""
