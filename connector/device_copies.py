@@ -30,7 +30,7 @@ log = logging.getLogger("kvstrata.transfer")
 
 _ADVICE = {  # by cudaError_t
     2: ": lower client.staging, or vLLM's --gpu-memory-utilization",
-    35: ": the driver is older than the CUDA that kvstrata was built with; update it",
+    35: ": there is no NVIDIA driver, or it is older than the CUDA that kvstrata was built with; update it",
     100: ": is a GPU visible to this process (CUDA_VISIBLE_DEVICES)?",
     209: ": kvstrata was built for other GPUs; build it with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native",
 }

@@ -253,6 +253,7 @@ int enqueue(kvs_pipe& pipe, kvs_ticket& ticket, const kvs_chunks& chunks, void* 
             error = load ? load_piece(pipe, piece, batch, ahead) : save_piece(pipe, piece, batch);
         }
     }
+    if (error != 0) cudaStreamSynchronize(pipe.kernels);  // the events below may not cover what it has begun
     for (size_t i = 0; i < COPY_STREAMS; ++i) {
         const cudaError_t marked = cudaEventRecord(ticket.ends[i], load ? pipe.kernels : pipe.copies[i]);
         if (error == 0) error = static_cast<int>(marked);

@@ -30,6 +30,7 @@ from kvstrata.cuda_ext.native import (
     check_block_ids,
     find_library,
     header_of,
+    how_to_build,
     native_planes,
 )
 
@@ -382,10 +383,13 @@ def load_device_library(path: Path | None = None) -> DeviceLibrary:
         native = ctypes.CDLL(str(path))
         found = native.kvs_cuda_abi_version()
     except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"{path} cannot be loaded ({error}): build it again") from error
+        raise NativeLibraryError(
+            f"{path} cannot be loaded ({error}): {how_to_build(LIBRARY_NAME)}"
+        ) from error
     if found != ABI_VERSION:
         raise NativeLibraryError(
-            f"{path} has ABI version {found}, this kvstrata needs {ABI_VERSION}: build it again"
+            f"{path} has ABI version {found}, this kvstrata needs {ABI_VERSION}: "
+            f"{how_to_build(LIBRARY_NAME)}, and remove stale copies"
         )
     return DeviceLibrary(native)
 

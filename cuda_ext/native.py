@@ -23,7 +23,6 @@ ABI_VERSION = 5  # KVS_ABI_VERSION in kvstrata.h
 LIBRARY_NAME = "_kvstrata_cpu.so"
 NO_BLOCK = -1  # KVS_NO_BLOCK: this block takes no part in a scatter
 _ALL_GOOD, _NO_MEMORY = -1, -2
-_BUILD = "build it with `pip install -e .` (needs CMake and a C++17 compiler)"
 
 
 class NativeLibraryError(KVStrataError):
@@ -371,8 +370,15 @@ def find_library(name: str) -> Path:
             return path
     looked = ", ".join(str(path.parent) for path in spread)
     raise NativeLibraryError(
-        f"{name} is not in {looked}: install a wheel of kvstrata or, in a checkout, {_BUILD}"
+        f"{name} is not in {looked}: install a wheel of kvstrata that has it or, in a checkout, "
+        f"{how_to_build(name)}"
     )
+
+
+def how_to_build(name: str) -> str:
+    """What to do for the library `name`, in words."""
+    nvcc = ", and CUDA's nvcc in PATH" if "cuda" in name else ""
+    return f"build it with `pip install -e .` (needs CMake and a C++17 compiler{nvcc})"
 
 
 def load_library(path: Path | None = None) -> Library:
@@ -386,11 +392,13 @@ def load_library(path: Path | None = None) -> Library:
         native = ctypes.CDLL(str(path))
         found = native.kvs_abi_version()
     except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"{path} cannot be loaded ({error}): {_BUILD}") from error
+        raise NativeLibraryError(
+            f"{path} cannot be loaded ({error}): {how_to_build(LIBRARY_NAME)}"
+        ) from error
     if found != ABI_VERSION:
         raise NativeLibraryError(
             f"{path} has ABI version {found}, this kvstrata needs {ABI_VERSION}: "
-            f"{_BUILD}, and remove stale copies"
+            f"{how_to_build(LIBRARY_NAME)}, and remove stale copies"
         )
     return Library(native)
 
