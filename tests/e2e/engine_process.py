@@ -62,7 +62,10 @@ class Engine:
         self._count_preemptions(self.core.scheduler)
         self.seen: Counter[str] = Counter()
         if self.core.scheduler.connector is not None:
-            self._count_stats(self.core.scheduler.connector)
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            for side in (self.core.scheduler.connector, get_kv_transfer_group()):
+                self._count_stats(side)
 
     def _count_preemptions(self, scheduler: Any) -> None:
         preempt = scheduler._preempt_request
@@ -74,7 +77,7 @@ class Engine:
         scheduler._preempt_request = counted
 
     def _count_stats(self, connector: Any) -> None:
-        """What the scheduler side counts; vLLM 0.26 drops that of steps without an answer."""
+        """What one side counts; vLLM 0.26 drops that of steps without an answer."""
         take = connector.get_kv_connector_stats
 
         def counted() -> Any:
@@ -196,6 +199,17 @@ class Engine:
     def loaded_tokens(self) -> int:
         """By loads that ended well."""
         return int(self.seen["loaded_tokens"])
+
+    def handed_over(self) -> int:
+        """Loads whose requests went on before their end."""
+        return int(self.seen["loads_handed_over"])
+
+    def sleep(self) -> None:
+        """At once, whatever is being saved: the KV cache's memory is given back."""
+        self.llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        self.llm.wake_up()
 
     def drafts(self) -> tuple[int, int]:
         """Tokens that speculative decoding has proposed, and how many of them were accepted."""
