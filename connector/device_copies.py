@@ -36,11 +36,12 @@ _ADVICE = {  # by cudaError_t
 }
 
 
-# At most so much of a load is handed over before it has come: what the link moves while an idle engine hears
-# of it, plans a step and launches it.
-REST_BYTES = 512 << 20
-# One reads some 6 GB/s of memory that no cache holds; the link moves nine times as much.
+_LEAD_S = 0.010  # an idle engine hears of a load, plans a step and launches it
+_SLOWEST = 6e9  # bytes a second, until a load has shown more
+_TELLING_BYTES = 64 << 20  # of a load that tells the link's rate
+# One thread reads some 6 GB/s of memory that no cache holds; the link moves nine times as much.
 _VERIFYING_THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))
+_VERIFIED_AT_ONCE = 8 << 20
 
 
 class DeviceCopies:
@@ -58,7 +59,8 @@ class DeviceCopies:
         self._way_of = {layout.slot_bytes: way for way, layout in enumerate(ways)}
         self._verifiers = ThreadPoolExecutor(_VERIFYING_THREADS, "kvstrata-verify")
         self._library = load_library()
-        self.engine_idle = False  # whether the engine's last step computed nothing
+        self._bytes_per_s = _SLOWEST  # of loads; threads may overwrite each other's news
+        self.engine_idle = False
 
     def load(self, job: LoadJob, after: Fence | None, handed_over: Callable[[], None] | None) -> Report:
         started = time.monotonic()
@@ -75,8 +77,10 @@ class DeviceCopies:
                 log.exception("load of %d chunks failed", len(job.chunks))
                 return Report(job.job, ok=False)
         if done == len(job.chunks):
-            nbytes = sum(copy.nbytes for copy in job.chunks)
-            return Report(job.job, ok=True, nbytes=nbytes, seconds=time.monotonic() - started)
+            nbytes, seconds = sum(copy.nbytes for copy in job.chunks), time.monotonic() - started
+            if nbytes >= _TELLING_BYTES:  # it may have waited for another one: forget slowly
+                self._bytes_per_s = max(nbytes / seconds, 0.9 * self._bytes_per_s, _SLOWEST)
+            return Report(job.job, ok=True, nbytes=nbytes, seconds=seconds)
         if mismatch is None:
             if done == len(chunks):
                 return Report(job.job, ok=False, failed_from=done)  # the next one's segment is not mapped
@@ -92,28 +96,38 @@ class DeviceCopies:
     ) -> Iterator[Rest]:
         """The last chunks of a load, which processors verify while the others are copied.
 
-        From the last one backwards, until they meet the copies.
+        From the last one backwards, until they meet the copies. No more than the link moves while the engine
+        gets ready: it would only wait.
         """
+        room = min(self._loads.ahead_bytes, int(_LEAD_S * self._bytes_per_s))
         sizes = itertools.accumulate(copy.nbytes for copy in reversed(job.chunks[1:]))
-        count = sum(1 for _ in itertools.takewhile(lambda nbytes: nbytes <= REST_BYTES, sizes))
-        backwards = [self._verifiers.submit(self._is_good, chunk) for chunk in chunks[: -count - 1 : -1]]
+        begin = len(chunks) - sum(1 for _ in itertools.takewhile(lambda nbytes: nbytes <= room, sizes))
+        at_once = max(1, _VERIFIED_AT_ONCE // job.chunks[0].nbytes)
+        verdicts = [  # of the last chunks first, each with where its chunks end
+            (end, self._verifiers.submit(self._are_good, chunks[max(begin, end - at_once) : end]))
+            for end in range(len(chunks), begin, -at_once)
+        ]
 
         def is_sure(first: int) -> bool:
-            left = len(chunks) - first
-            for passed in backwards[left:]:
-                passed.cancel()
-            return self.engine_idle and all(map(_said_yes, backwards[:left]))
+            for end, verdict in verdicts:
+                if end <= first:
+                    verdict.cancel()  # copied already
+            return self.engine_idle and all(_said_yes(verdict) for end, verdict in verdicts if end > first)
 
         try:
-            yield Rest(len(chunks) - count, is_sure, handed_over)
+            yield Rest(begin, is_sure, handed_over)
         finally:
-            for verdict in backwards:
-                verdict.cancel()
-            wait(backwards)  # they read memory that is mapped until then
+            wait(
+                [verdict for _, verdict in verdicts if not verdict.cancel()]
+            )  # they read what is mapped until then
 
-    def _is_good(self, chunk: Chunk) -> bool:
+    def _are_good(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether they are what they should be; nobody asks any more once the engine computes."""
         try:
-            self._library.verify(chunk.slot_address, self._ways[chunk.way], chunk.key)
+            for chunk in chunks:
+                if not self.engine_idle:
+                    return False
+                self._library.verify(chunk.slot_address, self._ways[chunk.way], chunk.key)
         except ChunkMismatch:
             return False  # the load will say so
         return True
@@ -145,7 +159,7 @@ class DeviceCopies:
 
     def follow(self, stream: int) -> None:
         """`stream`: a cudaStream_t. Raises DeviceError."""
-        self._loads.hold(stream)
+        self._loads.follow(stream)
 
     def close(self) -> None:
         self._verifiers.shutdown()

@@ -40,20 +40,24 @@ class SaveJob:
 
 @dataclass(slots=True)
 class Report:
-    """What became of a job. `failed_from`: index of the first chunk of a load that is not in the blocks.
-
-    A load may be handed over before its end (`ended` False): its bytes are verified and their copies
-    enqueued, and a stream that `Copies.follow` was told of may use its blocks.
-    """
+    """What became of a job. `failed_from`: index of the first chunk of a load that is not in the blocks."""
 
     job: int
     ok: bool
-    ended: bool = True
     failed_from: int = 0
     corrupt: bytes | None = None  # key of the chunk whose bytes failed their check
     does_not_fit: bool = False  # a save: the chunk cannot be packed
     nbytes: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A load that has not ended: its bytes are verified and their copies enqueued, so a stream of the
+    engine's that `Copies.follow` was told of may use its blocks. What became of it is reported later.
+    """
+
+    job: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Copies between an engine's blocks and slots, on threads of their own.
 
-Rule of this file: the end of a job submitted is reported exactly once, or it is dropped unbegun by `close`.
-Loads go before saves. A load past its deadline fails before a chunk is begun, never inside one.
+Rule of this file: a job submitted is reported exactly once, or dropped unbegun by `close`. Loads go
+before saves. A load past its deadline fails before a chunk is begun, never inside one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvstrata.connector.jobs import Fence, LoadJob, Report, SaveJob
+from kvstrata.connector.jobs import Fence, HandedOver, LoadJob, Report, SaveJob
 
 
 class Copies(Protocol):
     """Carries out jobs, each to its end. May be called from several threads at once."""
 
-    engine_idle: bool  # whether the engine's last step computed nothing
+    engine_idle: bool  # whether others may wait a moment with the engine; a hint, which may be out of date
 
     def load(self, job: LoadJob, after: Fence | None, handed_over: Callable[[], None] | None) -> Report:
         """`handed_over` may be called before the end, if the engine is idle: once all bytes are verified,
@@ -88,7 +88,7 @@ class Transfer:
         self._saves: dict[int, Queued] = {}
         self._running: set[int] = set()
         self._unread: set[int] = set()  # saves that run, and neither have read their blocks nor are covered
-        self._reports: list[Report] = []
+        self._reports: list[Report | HandedOver] = []
         self._closing = False
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -126,8 +126,8 @@ class Transfer:
             while wanted & (self._unread | self._saves.keys()):
                 self._changed.wait()
 
-    def poll(self, wait_s: float = 0.0) -> list[Report]:
-        """Reports since the last call; waits up to `wait_s` seconds for one if something is under way."""
+    def poll(self, wait_s: float = 0.0) -> list[Report | HandedOver]:
+        """News since the last call; waits up to `wait_s` seconds for one if something is under way."""
         with self._changed:
             if not self._reports and wait_s > 0 and (self._loads or self._saves or self._running):
                 self._changed.wait(wait_s)
@@ -199,7 +199,7 @@ class Transfer:
 
     def _handed_over(self, job: int) -> None:
         with self._changed:
-            self._reports.append(Report(job, ok=True, ended=False))
+            self._reports.append(HandedOver(job))
             self._changed.notify_all()
 
     def _covered(self, batch: Sequence[Queued]) -> None:

@@ -60,7 +60,7 @@ struct kvs_pipe {
     std::vector<kvs_ticket*> tickets;  // not in use
     std::array<cudaStream_t, COPY_STREAMS> copies = {};
     cudaStream_t kernels = nullptr;
-    cudaEvent_t held = nullptr;  // what was enqueued so far is done with the engine's blocks
+    cudaEvent_t read = nullptr;  // all saves enqueued so far have read their blocks
     int shared_max = 0;  // bytes of shared memory that one thread block may have
     size_t next_slab = 0;
     std::mutex turn;  // calls enqueue one after the other; they wait for their ends together
@@ -304,7 +304,7 @@ int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
     for (int64_t i = 0; i < n_plans; ++i) {
         if (const int error = make_plan(pipe.shape, plans[i], &pipe.plans[static_cast<size_t>(i)])) return error;
     }
-    KVS_TRY(cudaEventCreateWithFlags(&pipe.held, cudaEventDisableTiming));
+    KVS_TRY(cudaEventCreateWithFlags(&pipe.read, cudaEventDisableTiming));
     for (cudaStream_t& stream : pipe.copies) {
         KVS_TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     }
@@ -360,7 +360,7 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
         cudaFree(plan.planes);
         cudaFree(plan.first_of);
     }
-    if (pipe->held != nullptr) cudaEventDestroy(pipe->held);
+    if (pipe->read != nullptr) cudaEventDestroy(pipe->read);
     for (cudaStream_t stream : pipe->copies) {
         if (stream != nullptr) cudaStreamDestroy(stream);
     }
@@ -399,8 +399,16 @@ int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks, 
 int kvs_pipe_hold(kvs_pipe* pipe, void* stream) noexcept {
     KVS_TRY(cudaSetDevice(pipe->shape.device));
     // Not in turn: another call may be waiting for slabs. What was enqueued before is covered all the same.
-    KVS_TRY(cudaEventRecord(pipe->held, pipe->kernels));
-    return static_cast<int>(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), pipe->held, 0));
+    KVS_TRY(cudaEventRecord(pipe->read, pipe->kernels));
+    return static_cast<int>(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), pipe->read, 0));
+}
+
+int kvs_pipe_follow(kvs_pipe* pipe, kvs_ticket* ticket, void* stream) noexcept {
+    KVS_TRY(cudaSetDevice(pipe->shape.device));
+    for (cudaEvent_t end : ticket->ends) {
+        KVS_TRY(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), end, 0));
+    }
+    return 0;
 }
 
 int kvs_pipe_end(kvs_pipe* pipe, kvs_ticket* ticket, int64_t* flags) noexcept {

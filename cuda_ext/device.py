@@ -39,6 +39,7 @@ BLOCKS_MAX = 256  # KVS_BLOCKS_MAX
 CHUNKS_MAX = 1024  # KVS_CHUNKS_MAX, of a job
 STAGING_BYTES = 64 << 20  # a pipe: pieces of a sixth; smaller ones disturb less and use the link worse
 REGISTERED_AT_ONCE = 64 << 20  # KVS_REGISTERED_AT_ONCE
+_AHEAD = 8  # times the staging memory may be enqueued ahead: some 700 operations, CUDA's queues hold 1,000
 _ALL_GOOD = -1
 _OTHER_CHUNK = -1  # KVS_OTHER_CHUNK, in the place of an error
 
@@ -70,9 +71,9 @@ class Rest:
 
     From the chunk `first` on, `is_sure` is asked for each before it is enqueued: whether the bytes of it and
     of all after it have been verified in their slots, and the engine has nothing to do meanwhile. Once that
-    is so, all of them are enqueued, and `handed_over` is called when those before are in their blocks: a
-    stream that `DevicePipe.hold` has been told of may then use all. Each is verified again as it is unpacked;
-    the load's outcome says how that went.
+    is so, all of them are enqueued at once, and `handed_over` is called when those before are in their
+    blocks: a stream that `DevicePipe.follow` was told of may then use all. Each is verified again as it is
+    unpacked; the load's outcome says how that went.
     """
 
     first: int
@@ -149,7 +150,8 @@ class DevicePipe:
         cache: the engine's, in memory of `device`.
         device: CUDA ordinal.
         staging_bytes: of the device's memory, for chunks on their way; they move in pieces of whole
-            layers, of which six fit in there. At least three layers of a chunk are taken.
+            layers, of which six fit in there. At least three layers of a chunk are taken. Of a `Rest` no
+            more than `ahead_bytes` should be handed over.
         gathers: whether this pipe saves; a rank saves only the planes that it writes.
 
     Raises:
@@ -167,7 +169,10 @@ class DevicePipe:
         library: DeviceLibrary | None = None,
     ) -> None:
         self.cache = cache
-        self._turn = threading.Lock()  # nothing comes between the parts of a load
+        self.ahead_bytes = _AHEAD * staging_bytes
+        self._enqueuing = threading.Lock()  # nothing comes between the parts of a load
+        self._handed_over: set[_Job] = set()
+        self._lock = threading.Lock()  # of the set
         self._step = max(1, staging_bytes // 6 // layout.slot_bytes)  # chunks that fill a slab
         self._layouts = [layout, *(way for way in layout.ways if way.codec != layout.codec)]
         self._library = library or load_device_library()
@@ -196,8 +201,8 @@ class DevicePipe:
     ) -> tuple[int, ChunkMismatch | None]:
         """Slots -> blocks, behind the CUDA event `after` (0: none).
 
-        No chunk is begun past `expires` (monotonic seconds). With a `rest`, the load may be handed over
-        before its end.
+        No chunk is begun past `expires` (monotonic seconds), but those of a `rest` once that is sure: then
+        the load is handed over before its end.
 
         Returns:
             How many chunks, from the first, are in their blocks; and what was wrong with the next, if
@@ -224,7 +229,7 @@ class DevicePipe:
         split = max(1, rest.first - place) if rest else len(chunks)
         native = self._native(chunks[:split], may_skip=True)
         with _Job(self._library, self._pipe) as begun, _Job(self._library, self._pipe) as ahead:
-            with self._turn:
+            with self._enqueuing:
                 begun.load(native, after, expires)
                 while rest and begun.count == split < len(chunks) and not rest.is_sure(place + split):
                     some = chunks[split : split + self._step]
@@ -234,8 +239,14 @@ class DevicePipe:
                     ahead.load(self._native(chunks[split:], may_skip=True), 0, math.inf, ahead=True)
             begun.end()
             if rest and begun.all_good and 0 < ahead.count == len(chunks) - split:
+                with self._lock:
+                    self._handed_over.add(ahead)
                 rest.handed_over()
-            ahead.end()
+            try:
+                ahead.end()
+            finally:
+                with self._lock:
+                    self._handed_over.discard(ahead)
         done, mismatch = _outcome(chunks, begun)
         if done < split:
             return done, mismatch
@@ -268,12 +279,22 @@ class DevicePipe:
         return outcome
 
     def hold(self, stream: int) -> None:
-        """Make the CUDA stream `stream` wait until what is enqueued so far has read or written its blocks.
+        """Make the CUDA stream `stream` wait until all saves enqueued so far have read their blocks.
 
         Raises:
             DeviceError: CUDA refused.
         """
         self._library.check(self._library.native.kvs_pipe_hold(self._pipe, stream))
+
+    def follow(self, stream: int) -> None:
+        """Make the CUDA stream `stream` wait for the loads that were handed over.
+
+        Raises:
+            DeviceError: CUDA refused.
+        """
+        with self._lock:
+            for job in self._handed_over:
+                job.follow(stream)
 
     def close(self) -> None:
         """Wait for what is under way, give the staging memory back."""
@@ -311,6 +332,7 @@ class _Job:
     def __init__(self, library: DeviceLibrary, pipe: ctypes.c_void_p) -> None:
         self._library, self._pipe = library, pipe
         self._ticket = ctypes.c_void_p()
+        self._ended = False
         self.count = 0  # chunks begun
         self.other_chunk = False  # it stopped at a slot that holds something else than its chunk
         self.flags: list[int] = []  # of the chunks begun, once it has ended
@@ -320,8 +342,12 @@ class _Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ticket:
+        if not self._ended:
             self._end()
+
+    def follow(self, stream: int) -> None:
+        """Make a CUDA stream wait for what was enqueued; once that has ended, perhaps for more."""
+        self._library.check(self._library.native.kvs_pipe_follow(self._pipe, self._ticket, stream))
 
     def end(self) -> None:
         """Wait for what was enqueued. Raises DeviceError: nothing can be said about any of it."""
@@ -329,8 +355,8 @@ class _Job:
 
     def _end(self) -> int:
         flags = (ctypes.c_int64 * CHUNKS_MAX)()
-        ticket, self._ticket = self._ticket, ctypes.c_void_p()
-        error: int = self._library.native.kvs_pipe_end(self._pipe, ticket, flags)
+        self._ended = True
+        error: int = self._library.native.kvs_pipe_end(self._pipe, self._ticket, flags)
         self.flags = flags[: self.count]
         return error
 
@@ -415,5 +441,6 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     ]  # fmt: skip
     native.kvs_pipe_save.argtypes = [pointer, pointer, chunks, pointer]
     native.kvs_pipe_hold.argtypes = [pointer, pointer]
+    native.kvs_pipe_follow.argtypes = [pointer, pointer, pointer]
     native.kvs_pipe_end.argtypes = [pointer, pointer, flags]
     return native

@@ -151,9 +151,12 @@ KVS_API int kvs_pipe_load(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* 
 KVS_API int kvs_pipe_save(kvs_pipe* pipe, kvs_ticket* ticket, const kvs_chunks* chunks,
                           void* after) KVS_NOEXCEPT;
 
-/* Makes `stream` wait until all that is enqueued so far has read its blocks (saves) or written them (loads);
- * returns at once. One thread's. */
+/* Makes `stream` wait until all saves enqueued so far have read their blocks; returns at once. One thread's. */
 KVS_API int kvs_pipe_hold(kvs_pipe* pipe, void* stream) KVS_NOEXCEPT;
+
+/* Makes `stream` wait for what the job has enqueued; returns at once. Any thread's, also when the job has ended:
+ * it may then wait for another one that came after it. */
+KVS_API int kvs_pipe_follow(kvs_pipe* pipe, kvs_ticket* ticket, void* stream) KVS_NOEXCEPT;
 
 /* Waits for all that the job has enqueued. flags[i], for the i-th chunk begun, is KVS_ALL_GOOD or the
  * index of a sub-block: of a load, one that did not match (nothing of it was written, others of its chunk

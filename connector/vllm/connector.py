@@ -77,7 +77,9 @@ class KVStrataConnector(KVConnectorBase_V1):
                 node, identity, layout.chunk_tokens, block_tokens, 1, config.client
             )
         else:
-            self._worker = self.worker_class(client, 0, layout, block_tokens, config)
+            # Ranks of data parallelism compute in step: one that waits for its load would hold up the others.
+            alone = vllm_config.parallel_config.data_parallel_size == 1
+            self._worker = self.worker_class(client, 0, layout, block_tokens, config, hands_over=alone)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

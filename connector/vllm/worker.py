@@ -13,7 +13,7 @@ import torch
 
 from kvstrata.connector.device_copies import DeviceCopies, DeviceRegistration, open_pipes
 from kvstrata.connector.host_copies import HostCopies
-from kvstrata.connector.jobs import Fence, LoadJob, Report
+from kvstrata.connector.jobs import Fence, HandedOver, LoadJob, Report
 from kvstrata.connector.transfer import Copies, Role, Transfer
 from kvstrata.connector.vllm.layout import engine_cache
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
@@ -31,16 +31,20 @@ _IDLE_WAIT_S = 0.001
 _SAVES_AT_ONCE = 4  # a flush waits for so many that are on their way
 
 
-class LateMismatch(KVStrataError):
-    """Stored bytes changed between their verification by a processor and the one on the device.
+class LateFailure(KVStrataError):
+    """A load that was handed over has failed: the engine may have computed with its blocks.
 
-    No answer may come of a step that used them, and vLLM cannot take such a step back.
+    No answer may come of that, and vLLM cannot take such a step back. Every later step raises it again.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, corrupt: bool) -> None:
+        why = (
+            "was verified in host memory and came to the device changed: check this host's memory and PCIe"
+            if corrupt
+            else "could not be copied to the device to its end: the log says why"
+        )
         super().__init__(
-            f"KV for request {request_id} was verified in host memory and came to the device changed: "
-            "the engine stops, so that nobody gets a wrong answer. Check this host's memory and PCIe link"
+            f"the engine stops, or it would give a wrong answer: KV for request {request_id} {why}"
         )
 
 
@@ -50,13 +54,20 @@ class WorkerConnector:
     Args:
         client: the engine's name on the side socket, the same as on the scheduler side.
         rank: of this worker.
+        hands_over: whether requests may go on before the last bytes of their loads have come.
     """
 
     def __init__(
-        self, client: str, rank: int, layout: ChunkLayout, block_tokens: int, config: Config
+        self,
+        client: str,
+        rank: int,
+        layout: ChunkLayout,
+        block_tokens: int,
+        config: Config,
+        hands_over: bool = True,
     ) -> None:
         self._layout, self._block_tokens, self._config = layout, block_tokens, config
-        self._client, self._rank = client, rank
+        self._client, self._rank, self._hands_over = client, rank, hands_over
         self._segments: SegmentMap | None = None
         self._transfer: Transfer | None = None
         self._copies: Copies | None = None
@@ -64,6 +75,7 @@ class WorkerConnector:
         self._moved = "chunks_moved_by_cpu"  # counts what the copies of this device do
         self._loads: dict[int, tuple[str, LoadJob]] = {}
         self._handed_over: set[int] = set()  # of these
+        self._late: LateFailure | None = None
         self._told = False  # whether the last step named requests whose load has ended
         self._done = WorkDone()
         self._bad_blocks: set[int] = set()
@@ -122,10 +134,14 @@ class WorkerConnector:
 
         Loads start here and not in vLLM's own hook for it, which comes after the forward pass: their
         requests wait outside the batch, and their blocks are nobody else's.
+
+        Raises:
+            LateFailure: a load that was handed over failed after all.
         """
         if self._transfer is None or self._copies is None:
             return
-        self._copies.engine_idle = work.idle
+        self._stop_if_too_late()
+        self._copies.engine_idle = work.idle and self._hands_over
         if self._handed_over:  # before all fences of this step
             self._copies.follow(self._stream())
         if work.saves:
@@ -141,7 +157,7 @@ class WorkerConnector:
         """Requests whose load has ended, well or not, or was handed over.
 
         Raises:
-            LateMismatch: a load that was handed over failed after all.
+            LateFailure: a load that was handed over failed after all.
         """
         if self._transfer is None:
             return set()
@@ -150,22 +166,27 @@ class WorkerConnector:
         requests = self._take_reports(_IDLE_WAIT_S if waits else 0.0)
         while followed & self._handed_over and not work.idle:
             requests |= self._take_reports(_IDLE_WAIT_S)
+        self._stop_if_too_late()
         self._told = bool(requests)
         return requests
 
     def _take_reports(self, wait_s: float) -> set[str]:
         assert self._transfer is not None
         requests: set[str] = set()
-        for report in self._transfer.poll(wait_s):
-            if report.job not in self._loads:
-                self._save_ended(report)
-            elif report.ended:
-                requests |= self._load_ended(report)
-            else:
-                self._handed_over.add(report.job)
+        for news in self._transfer.poll(wait_s):
+            if isinstance(news, HandedOver):
+                self._handed_over.add(news.job)
                 self.stats.count("loads_handed_over")
-                requests.add(self._loads[report.job][0])
+                requests.add(self._loads[news.job][0])
+            elif news.job in self._loads:
+                requests |= self._load_ended(news)
+            else:
+                self._save_ended(news)
         return requests
+
+    def _stop_if_too_late(self) -> None:
+        if self._late is not None:
+            raise self._late
 
     def _load_ended(self, report: Report) -> set[str]:
         """The request that waits for it, if it still does."""
@@ -173,7 +194,7 @@ class WorkerConnector:
         was_handed_over = report.job in self._handed_over
         self._handed_over.discard(report.job)
         if was_handed_over and not report.ok:
-            raise LateMismatch(request_id)
+            self._late = LateFailure(request_id, report.corrupt is not None)
         self._done.loaded[report.job] = 1
         self.stats.count(self._moved, len(load.chunks) if report.ok else report.failed_from)
         self.stats.count("bytes_loaded", report.nbytes)

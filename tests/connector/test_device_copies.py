@@ -29,8 +29,8 @@ LAYOUT = layout_of(2, (64, 64), "bfloat16", 32)
 class Pipe:
     """Moves nothing; `play` is the test's."""
 
-    def __init__(self, play: Callable[[Rest | None], None]) -> None:
-        self._play = play
+    def __init__(self, play: Callable[[Rest | None], None], ahead_bytes: int) -> None:
+        self._play, self.ahead_bytes = play, ahead_bytes
 
     def load(
         self, chunks: Sequence[Chunk], after: int, expires: float, rest: Rest | None
@@ -74,16 +74,18 @@ def pool() -> Pool:
 
 @pytest.fixture(autouse=True)
 def verified(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """Released for each chunk that was verified."""
-    count, is_good = threading.Semaphore(0), DeviceCopies._is_good
+    """Released for each chunk that was verified; they are verified one by one."""
+    count, are_good = threading.Semaphore(0), DeviceCopies._are_good
 
-    def counted(copies: DeviceCopies, chunk: Chunk) -> bool:
+    def counted(copies: DeviceCopies, chunks: Sequence[Chunk]) -> bool:
+        assert len(chunks) == 1
         try:
-            return is_good(copies, chunk)
+            return are_good(copies, chunks)
         finally:
             count.release()
 
-    monkeypatch.setattr(DeviceCopies, "_is_good", counted)
+    monkeypatch.setattr(DeviceCopies, "_are_good", counted)
+    monkeypatch.setattr(device_copies, "_VERIFIED_AT_ONCE", LAYOUT.slot_bytes)
     return count
 
 
@@ -102,15 +104,20 @@ def until_sure(rest: Rest, first: int) -> None:
     timer.cancel()
 
 
-def play(pool: Pool, script: Callable[[DeviceCopies, Rest | None], None], idle: bool = True) -> int:
+def play(
+    pool: Pool,
+    script: Callable[[DeviceCopies, Rest | None], None],
+    idle: bool = True,
+    ahead_bytes: int = 1 << 30,
+) -> int:
     """Load all chunks with a pipe that does what `script` says; returns how often it was handed over."""
     copies: DeviceCopies
-    pipe = cast(Any, Pipe(lambda rest: script(copies, rest)))
+    pipe = cast(Any, Pipe(lambda rest: script(copies, rest), ahead_bytes))
     copies = DeviceCopies(pipe, pipe, pool, [LAYOUT])
     copies.engine_idle = idle
     handed_over: list[None] = []
     report = copies.load(pool.job(), None, lambda: handed_over.append(None))
-    assert report.ok and report.ended and not pool.in_use
+    assert report.ok and not pool.in_use
     copies.close()
     return len(handed_over)
 
@@ -124,13 +131,37 @@ def test_all_but_the_first_chunk_may_be_the_rest(pool: Pool) -> None:
     assert play(pool, script) == 1
 
 
-def test_the_rest_is_bounded(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_copies, "REST_BYTES", 5 * LAYOUT.slot_bytes + 1)
+@pytest.mark.parametrize("by", ["the pipe", "the link"])
+def test_the_rest_is_bounded(pool: Pool, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """Nothing is gained by more than comes while the engine gets ready, and it would wait for it."""
+    most = 5 * LAYOUT.slot_bytes + 1
+    monkeypatch.setattr(device_copies, "_SLOWEST", most / 0.01 if by == "the link" else 1e12)
 
     def script(copies: DeviceCopies, rest: Rest | None) -> None:
         assert rest is not None and rest.first == CHUNKS - 5
 
-    assert play(pool, script) == 0
+    assert play(pool, script, ahead_bytes=most if by == "the pipe" else 1 << 40) == 0
+
+
+def test_many_chunks_are_verified_at_once(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict on some of them is one on all: sure from where the first of its chunks begins."""
+    tasks: list[list[int]] = []
+
+    def never(copies: DeviceCopies, chunks: Sequence[Chunk]) -> bool:
+        tasks.append([chunk.key[0] for chunk in chunks])
+        return chunks[-1].key[0] > 10
+
+    monkeypatch.setattr(DeviceCopies, "_are_good", never)
+    monkeypatch.setattr(device_copies, "_VERIFIED_AT_ONCE", 5 * LAYOUT.slot_bytes)
+
+    def script(copies: DeviceCopies, rest: Rest | None) -> None:
+        assert rest is not None
+        until_sure(rest, 9)  # 9 to 13 are one task
+        assert not rest.is_sure(8)
+
+    play(pool, script)
+    assert sorted(number for task in tasks for number in task)[-15:] == list(range(9, CHUNKS))
+    assert max(map(len, tasks)) == 5
 
 
 def test_nobody_is_sure_of_a_damaged_chunk_or_of_those_before(
@@ -179,13 +210,13 @@ def test_what_the_copies_have_passed_is_not_verified(pool: Pool, monkeypatch: py
     gate, begun = threading.Event(), threading.Semaphore(0)
     seen: list[int] = []
 
-    def slow(copies: DeviceCopies, chunk: Chunk) -> bool:
-        seen.append(chunk.key[0])
+    def slow(copies: DeviceCopies, chunks: Sequence[Chunk]) -> bool:
+        seen.append(chunks[0].key[0])
         begun.release()
         assert gate.wait(SOON_S) and pool.in_use
         return True
 
-    monkeypatch.setattr(DeviceCopies, "_is_good", slow)
+    monkeypatch.setattr(DeviceCopies, "_are_good", slow)
     monkeypatch.setattr(device_copies, "_VERIFYING_THREADS", 2)
 
     def script(copies: DeviceCopies, rest: Rest | None) -> None:

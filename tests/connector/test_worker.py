@@ -10,7 +10,7 @@ import pytest
 from kvstrata.connector.jobs import ChunkCopy, Fence, LoadJob, Report, SaveJob
 from kvstrata.connector.transfer import Role, Transfer
 from kvstrata.connector.vllm.metadata import StepWork
-from kvstrata.connector.vllm.worker import LateMismatch, WorkerConnector
+from kvstrata.connector.vllm.worker import LateFailure, WorkerConnector
 from kvstrata.core.config import Config
 from tests.core.layouts import SMALL
 
@@ -24,6 +24,7 @@ class Loads:
     def __init__(self) -> None:
         self.engine_idle = False
         self.hands_over, self.good = True, True
+        self.corrupt: bytes | None = None
         self.begun, self.may_end = threading.Semaphore(0), threading.Semaphore(0)
         self.calls: list[str] = []
 
@@ -33,7 +34,7 @@ class Loads:
             handed_over()
         self.begun.release()
         assert self.may_end.acquire(timeout=SOON_S)
-        return Report(job.job, ok=self.good)
+        return Report(job.job, ok=self.good, corrupt=self.corrupt)
 
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         self.calls.append("save")
@@ -119,15 +120,29 @@ def test_steps_follow_a_load_that_was_handed_over_and_end_after_it(
     assert loads.calls == []
 
 
+@pytest.mark.parametrize("corrupt", [b"key", None])
 def test_no_answer_comes_of_a_load_that_was_handed_over_and_failed(
-    worker: WorkerConnector, loads: Loads
+    worker: WorkerConnector, loads: Loads, corrupt: bytes | None
 ) -> None:
-    loads.good = False
+    """Nor of any later step, whoever swallows the error: vLLM may have shared the blocks."""
+    loads.good, loads.corrupt = False, corrupt
     assert named_after(worker, load(1, "a")) == {"a"}
     worker.before_step(COMPUTES)
     loads.may_end.release()
-    with pytest.raises(LateMismatch, match=r"request a .* engine stops"):
+    why = "memory and PCIe" if corrupt else "the log says why"
+    with pytest.raises(LateFailure, match=rf"engine stops.* request a .*{why}"):
         worker.finished_loads(COMPUTES)
+    for work in (COMPUTES, IDLE):
+        with pytest.raises(LateFailure):
+            worker.before_step(work)
+        with pytest.raises(LateFailure):
+            worker.finished_loads(work)
+
+
+def test_ranks_that_compute_in_step_are_handed_nothing(worker: WorkerConnector, loads: Loads) -> None:
+    worker._hands_over = False
+    step(worker, IDLE)
+    assert not loads.engine_idle
 
 
 def test_a_load_that_fails_before_it_was_handed_over_is_recomputed(

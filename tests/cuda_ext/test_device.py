@@ -314,7 +314,7 @@ class TestHandingOver:
         stream, found = torch.cuda.Stream(), []
 
         def use() -> None:
-            serving.load.hold(stream.cuda_stream)
+            serving.load.follow(stream.cuda_stream)
             with torch.cuda.stream(stream):  # in the stream's order, without waiting here
                 for plane in serving.planes:
                     assert plane
