@@ -35,7 +35,6 @@ _ADVICE = {  # by cudaError_t
     209: ": kvstrata was built for other GPUs; build it with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native",
 }
 
-
 _LEAD_S = 0.010  # an idle engine hears of a load, plans a step and launches it
 _SLOWEST = 6e9  # bytes a second, until a load has shown more
 _TELLING_BYTES = 64 << 20  # of a load that tells the link's rate
@@ -117,9 +116,8 @@ class DeviceCopies:
         try:
             yield Rest(begin, is_sure, handed_over)
         finally:
-            wait(
-                [verdict for _, verdict in verdicts if not verdict.cancel()]
-            )  # they read what is mapped until then
+            # What has begun reads memory that is mapped only until then.
+            wait([verdict for _, verdict in verdicts if not verdict.cancel()])
 
     def _are_good(self, chunks: Sequence[Chunk]) -> bool:
         """Whether they are what they should be; nobody asks any more once the engine computes."""

@@ -39,6 +39,7 @@ class HostCopies:
 
     def __init__(self, copiers: Mapping[int, Copier], segments: Segments) -> None:
         self._copiers, self._segments = copiers, segments
+        self.engine_idle = False
 
     def load(self, job: LoadJob, after: Fence | None, handed_over: Callable[[], None] | None) -> Report:
         started = time.monotonic()
@@ -63,8 +64,6 @@ class HostCopies:
 
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         return [self._save(job) for job in jobs]
-
-    engine_idle = False
 
     def hold(self, stream: int) -> None:
         """There is no device: what has not been read is not done."""

@@ -21,11 +21,10 @@ class _ZeroedLoads:
 
     def __init__(self, copies: Copies, caches: Mapping[str, torch.Tensor]) -> None:
         self._copies, self._caches = copies, caches
+        self.engine_idle = False
 
     def save(self, jobs: Sequence[SaveJob], after: Fence | None, covered: Callable[[], None]) -> list[Report]:
         return self._copies.save(jobs, after, covered)
-
-    engine_idle = False
 
     def hold(self, stream: int) -> None:
         self._copies.hold(stream)

@@ -100,7 +100,7 @@ class SimEngine:
         self._weights = min(slot_sizes)
         self._numbers = itertools.count(1)
         self._input: deque[Callable[[], None]] = deque()
-        self.aborts: deque[SimRequest] = deque()
+        self._aborts: deque[SimRequest] = deque()
         self._in_flight: deque[Step] = deque()
         self._asleep, self._blocked, self._reset_at_load = False, False, False
         self._leases: dict[int, tuple[SimRequest, float]] = {}  # of requests that queue, and since when
@@ -153,8 +153,8 @@ class SimEngine:
         """The oldest step is over once all workers have ended it."""
         if self._blocked and len(self._in_flight[0].results) == len(self.workers):
             self._blocked = False
-            while self.aborts:
-                self._finish(self.aborts.popleft())
+            while self._aborts:
+                self._finish(self._aborts.popleft())
             self.scheduler.update(self._in_flight.popleft())
             self.process.later(0.0, self._turn)
 
@@ -216,7 +216,7 @@ class SimEngine:
         self.scheduler.add(request)
 
     def abort(self, request: SimRequest) -> None:
-        self.aborts.append(request)
+        self._aborts.append(request)
         self.wants(partial(self._finish, request))
 
     def _finish(self, request: SimRequest) -> None:
