@@ -1,4 +1,4 @@
-"""When the scheduler side keeps an engine awake; the rest of it runs in the simulator, and in real engines."""
+"""When the scheduler side keeps an engine awake; the rest of it runs in the simulator and in real engines."""
 
 from __future__ import annotations
 
