@@ -16,6 +16,7 @@ pidfd fires, or after a bye, what the client held is free.
 from __future__ import annotations
 
 import array
+import ctypes
 import json
 import os
 import socket
@@ -26,6 +27,13 @@ MAX_MESSAGE = 128 << 10
 PROTOCOL = 2
 QUESTION = b"M"  # no JSON object begins so
 QUESTION_KEYS_MAX = 2048  # longer prompts ask over gRPC
+
+# Python's own socket lets go of the GIL even where it does not wait, and gets it back after 5 ms if another
+# thread computes. vLLM's does when requests come in, and their questions are asked then.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.send.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
+_libc.recv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.send.restype = _libc.recv.restype = ctypes.c_ssize_t
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +76,20 @@ def send_match(sock: socket.socket, body: bytes) -> None:
         BlockingIOError: the peer does not read.
         OSError: it is gone.
     """
-    sock.send(QUESTION + body, socket.MSG_DONTWAIT)
+    data = QUESTION + body
+    if _libc.send(sock.fileno(), data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
-def receive_match(sock: socket.socket) -> bytes | None:
-    """The next answer to a question; None if there is none yet, or the peer is gone."""
-    try:
-        data = sock.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
-    except OSError:
-        return None
+def receive_match(sock: socket.socket, room: ctypes.Array[ctypes.c_char]) -> bytes | None:
+    """The next answer to a question; None if there is none yet, or the peer is gone.
+
+    Args:
+        room: `MAX_MESSAGE` bytes to read into.
+    """
+    nbytes = _libc.recv(sock.fileno(), room, MAX_MESSAGE, socket.MSG_DONTWAIT)
+    data = ctypes.string_at(room, max(0, nbytes))
     return data[len(QUESTION) :] if data.startswith(QUESTION) else None
 
 

@@ -6,6 +6,7 @@ mappings are kept by (store epoch, segment) and unmapped once nobody uses them.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import select
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 from kvstrata.controller.paths import runtime_paths
 from kvstrata.controller.side import (
+    MAX_MESSAGE,
     Hello,
     receive_match,
     receive_message,
@@ -69,6 +71,7 @@ class SideConnection:
 
     def __init__(self, path: Path, hello: Hello) -> None:
         self.ended = False  # set by who waited for an answer and saw the end
+        self._room = ctypes.create_string_buffer(MAX_MESSAGE)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         pidfd = os.pidfd_open(os.getpid())
         try:
@@ -111,7 +114,7 @@ class SideConnection:
 
     def answer(self) -> bytes | None:
         """The answer to the oldest question that has none, if it is there."""
-        return receive_match(self._sock)
+        return receive_match(self._sock, self._room)
 
     def fileno(self) -> int:
         return self._sock.fileno()

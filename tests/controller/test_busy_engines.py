@@ -86,6 +86,22 @@ def test_waiting_at_a_side_socket_s_end_is_waiting(
     assert engine.client.session is not None, "or the thread has noticed, and this shows nothing"
 
 
+def test_a_question_that_is_answered_soon_keeps_the_gil(
+    node_store: StartStore, engines: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who lets go of it waits 5 ms for a thread that computes, as vLLM's do when requests come in."""
+    monkeypatch.setattr("kvstrata.controller.client.node._SPIN_S", 5.0)
+    engine = engines(node_store().config, "crowded")
+    engine.save(key(1))
+    waits: list[float] = []
+    monkeypatch.setattr(engine.client, "_wait", waits.append)
+    for _ in range(20):
+        assert len(getattr(engine.match(key(1)), "slots", ())) == 1
+    assert waits == []
+    assert engine.client.collect(0.01) is None, "there is no question under way any more"
+    assert waits
+
+
 def test_an_engine_that_was_refused_does_not_keep_the_store(node_store: StartStore) -> None:
     """It has other settings, goes on asking, and its user has to end the store."""
     store = node_store()

@@ -6,12 +6,13 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.harness import CHUNK, EngineError, EngineProcess, Host, tokens, wait_for
+from tests.e2e.harness import CHUNK, Book, EngineError, EngineProcess, Host, tokens, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -28,26 +29,25 @@ def prompts(seed: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[int, list[list[int]]]:
-    """The checker's book: every prompt's right answer, from vLLM without the plug-in."""
+def right(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Book]:
     host = Host(tmp_path_factory.mktemp("plain"), tiny_model, tmp_path_factory.mktemp("logs"))
+    asked = {(seed, number): one for seed in range(ROUNDS) for number, one in enumerate(prompts(seed))}
     with host.engine(plain=True, **SHAPE) as engine:
-        book = {}
-        for seed in range(ROUNDS):
-            book[seed] = [answer["tokens"] for answer in engine.ask(*prompts(seed), max_tokens=8)]
+        yield Book.write(engine, asked, max_tokens=8)
     host.close()
-    return book
 
 
 def begin(engine: EngineProcess, seed: int) -> None:
     engine.send("storm", prompts=prompts(seed), seed=seed, aborts=0.0)
 
 
-def check(result: dict[str, Any], answers: list[list[int]]) -> None:
-    assert {int(number): answer for number, answer in result["finished"].items()} == dict(enumerate(answers))
+def check(result: dict[str, Any], right: Book, seed: int) -> None:
+    assert {int(number) for number in result["finished"]} == set(range(len(prompts(seed))))
+    for number, answer in result["finished"].items():
+        right.check((seed, int(number)), answer)
 
 
-def test_the_node_store_is_killed_under_load(host: Host, right: dict[int, list[list[int]]]) -> None:
+def test_the_node_store_is_killed_under_load(host: Host, right: Book) -> None:
     dice = random.Random(1)
     with host.engine(extra=POOL, **SHAPE) as engine:
         killed = 0
@@ -56,14 +56,14 @@ def test_the_node_store_is_killed_under_load(host: Host, right: dict[int, list[l
             time.sleep(dice.uniform(0.0, 0.4))
             os.kill(host.node_pid, signal.SIGKILL)
             killed += 1
-            check(engine.receive(), right[seed])
+            check(engine.receive(), right, seed)
             host.wait_connected(engine)  # a new store was started meanwhile
         loaded = engine.do("loaded_tokens")
 
         begin(engine, 0)
-        check(engine.receive(), right[0])
+        check(engine.receive(), right, 0)
         begin(engine, 0)
-        check(engine.receive(), right[0])
+        check(engine.receive(), right, 0)
 
         assert killed == ROUNDS
         assert engine.do("loaded_tokens") > loaded  # and it is used again
@@ -72,7 +72,7 @@ def test_the_node_store_is_killed_under_load(host: Host, right: dict[int, list[l
         host.quiet()
 
 
-def test_an_engine_is_killed_under_load_beside_another(host: Host, right: dict[int, list[list[int]]]) -> None:
+def test_an_engine_is_killed_under_load_beside_another(host: Host, right: Book) -> None:
     dice = random.Random(2)
     with host.engine(extra=POOL, **SHAPE) as survivor:
         victim = host.start(extra=POOL, **SHAPE).ready()
@@ -82,7 +82,7 @@ def test_an_engine_is_killed_under_load_beside_another(host: Host, right: dict[i
             begin(survivor, seed)
             time.sleep(dice.uniform(0.1, 0.6))
             victim.kill()
-            check(survivor.receive(), right[seed])
+            check(survivor.receive(), right, seed)
             survivor.do("settle")
             wait_for(lambda: len(host.stats()["clients"]) == 1, 10, "the store to notice the death")
             host.quiet()
@@ -90,7 +90,7 @@ def test_an_engine_is_killed_under_load_beside_another(host: Host, right: dict[i
                 victim = host.start(extra=POOL, **SHAPE).ready()
         for seed in range(3):
             begin(survivor, seed)
-            check(survivor.receive(), right[seed])
+            check(survivor.receive(), right, seed)
         assert survivor.do("counters")["failed_loads"] == 0
         survivor.do("settle")
         host.quiet()
@@ -111,9 +111,7 @@ def stop_with_claims(host: Host, victim: EngineProcess, name: str) -> int:
     return held
 
 
-def test_a_stopped_engine_keeps_its_slots_until_it_is_gone(
-    host: Host, right: dict[int, list[list[int]]]
-) -> None:
+def test_a_stopped_engine_keeps_its_slots_until_it_is_gone(host: Host, right: Book) -> None:
     with host.engine(extra=POOL, **SHAPE) as survivor:
         host.wait_connected(survivor)
         others = claims(host)
@@ -124,13 +122,13 @@ def test_a_stopped_engine_keeps_its_slots_until_it_is_gone(
         held = stop_with_claims(host, victim, name)
         for seed in range(3):
             begin(survivor, seed)
-            check(survivor.receive(), right[seed])
+            check(survivor.receive(), right, seed)
         assert host.problems() == []
         assert claims(host)[name] >= held
 
         victim.process.send_signal(signal.SIGCONT)
         try:
-            check(victim.receive(), right[0])
+            check(victim.receive(), right, 0)
         finally:
             victim.kill()
         wait_for(lambda: len(host.stats()["clients"]) == 1, 10, "the store to notice the death")
@@ -138,11 +136,11 @@ def test_a_stopped_engine_keeps_its_slots_until_it_is_gone(
         host.quiet()
 
 
-def test_a_killed_engine_leaves_a_warm_cache(host: Host, right: dict[int, list[list[int]]]) -> None:
+def test_a_killed_engine_leaves_a_warm_cache(host: Host, right: Book) -> None:
     engine = host.start(extra=POOL, **SHAPE).ready()
     host.wait_connected(engine)
     begin(engine, 1)
-    check(engine.receive(), right[1])
+    check(engine.receive(), right, 1)
     engine.do("settle")
     engine.kill()
     with pytest.raises((EngineError, OSError)):
@@ -151,5 +149,5 @@ def test_a_killed_engine_leaves_a_warm_cache(host: Host, right: dict[int, list[l
 
     with host.engine(extra=POOL, **SHAPE) as restarted:
         begin(restarted, 1)
-        check(restarted.receive(), right[1])
+        check(restarted.receive(), right, 1)
         assert restarted.do("counters")["loaded_tokens"] > 0
