@@ -90,7 +90,7 @@ def servers(model: Path, node: Node, core: int, order: Sequence[str]) -> Iterato
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_HOST_IP": "127.0.0.1",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # where 4-KiB pages lie made starts of one arm 10 % apart
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # arms of one round were 10 % apart without, 5 with it
     }
     folder = Path(tempfile.mkdtemp(prefix="kvs-bench-"))
     ours = os.sched_getaffinity(0)

@@ -43,12 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skipif(True, reason=reason))
 
 
+def make_model(name: str, *options: str) -> Path:
+    """The folder of a small Llama whose output depends on its KV; made once for this checkout."""
+    folder = REPO / ".cache" / "models" / name
+    script = str(REPO / "scripts" / "models.py")
+    subprocess.run([sys.executable, script, "tiny", str(folder), *options], check=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
-    """The folder of a small Llama whose output depends on its KV; made once for this checkout."""
-    folder = REPO / ".cache" / "models" / "tiny"
-    subprocess.run([sys.executable, str(REPO / "scripts" / "models.py"), "tiny", str(folder)], check=True)
-    return folder
+    return make_model("tiny")
 
 
 @pytest.fixture
