@@ -47,7 +47,7 @@ class Save:
     stage: Stage = Stage.WANTED
     slot: Slot | None = None
     ranks_ended: int = 0
-    failed: bool = False  # some rank could not write its part
+    failed: bool = False  # some rank could not write its part, or the cache was reset
     unpackable: bool = False  # some rank's part did not fit packed
     flushed: bool = False  # its blocks were given away since it has read them
     postponed_since: float | None = None  # monotonic seconds; None: it was not
@@ -154,6 +154,12 @@ class SaveBook:
         if by_block:
             jobs.update(*(by_block[block] for block in blocks if block in by_block))
         return [self.saves[job] for job in sorted(jobs)]
+
+    def forget(self) -> list[Save]:
+        """The engine's cache is reset, its memory may go: what is being copied fails, others are returned."""
+        for save in self.saves.values():
+            save.failed = True
+        return [save for save in self.saves.values() if save.stage is not Stage.COPYING]
 
     def of_other_stores(self, epoch: bytes | None) -> list[Save]:
         """Saves not yet with the workers whose slots died with their store."""

@@ -167,9 +167,14 @@ class Planner:
             self.counters["hit_chunks"] += len(entries)
         return [Matched(tuple(entry.slot for entry in entries), being_written=following is not None)]
 
+    @property
+    def _bytes_at_hand(self) -> int:
+        """Of the pool as it is: a host may not have the memory for all that it is allowed."""
+        return self.pool_bytes + self._growing
+
     def _leasable(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         """The prefix of `entries` that keeps leases within their share; the first of all may exceed it."""
-        room = self.limits.leased_share_max * self.limits.pool_bytes - self.catalogue.bytes_being_read
+        room = self.limits.leased_share_max * self._bytes_at_hand - self.catalogue.bytes_being_read
         for index, entry in enumerate(entries):
             if entry.readers:
                 continue
@@ -376,7 +381,7 @@ class Planner:
         if client.stopped:
             return Why.STOPPED
         overdue_bytes = sum(entry.slot.nbytes for entry in self._overdue(client))
-        if overdue_bytes > self.limits.quarantine_share_max * self.limits.pool_bytes:
+        if overdue_bytes > self.limits.quarantine_share_max * self._bytes_at_hand:
             return Why.QUARANTINE
         return None
 

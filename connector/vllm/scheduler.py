@@ -2,8 +2,8 @@
 
     new_request -> matched_tokens -> after_alloc -> (build_work each step) -> finished
 
-Nothing here waits for the network: calls are posted to the client's thread and answers are
-collected where the engine calls in. While the node store is absent, everything is a miss.
+Calls are posted to the client, answers are collected where the engine calls in; a step waits for those
+that it needs no longer than `client.lookup_wait`. While the node store is absent, everything is a miss.
 """
 
 from __future__ import annotations
@@ -387,8 +387,6 @@ class SchedulerConnector:
             self._update = None
         if epoch != self._epoch:
             return
-        if not isinstance(answer, Updated):
-            self._outbox.take_back(call)
         if isinstance(answer, Updated):
             for (job, _, _), grant in zip(call.reserve, answer.grants, strict=True):
                 if grant is Why.NOT_READY and self._saves.postpone(job, time.monotonic()):
@@ -399,6 +397,7 @@ class SchedulerConnector:
                 elif not self._saves.grant(job, grant):
                     log.debug("job %d was given up meanwhile; its abort is on the way", job)
         else:
+            self._outbox.take_back(call)
             for job, _, _ in call.reserve:
                 if self._saves.drop(job):
                     self.stats.count("saves_out_of_reach")
@@ -406,18 +405,17 @@ class SchedulerConnector:
     def _match_answered(self, epoch: bytes, call: Match, answer: Answer) -> None:
         slots = answer.slots if isinstance(answer, Matched) else ()
         lookup = self._lookups.answer(call.lease, slots)
-        unwanted = lookup is None and slots
         # If the call got lost, the store may still have leased something.
-        if epoch == self._epoch and (unwanted or isinstance(answer, Lost)):
+        if epoch == self._epoch and (isinstance(answer, Lost) or (lookup is None and slots)):
             self._outbox.released.append(call.lease)
         if lookup is None:
             return
-        tracked = self._tracked.get(lookup.request_id)
-        if tracked is not None and tracked.lookup is lookup:
-            tracked.next_save = max(tracked.next_save, len(slots))
         if isinstance(answer, Refused):
             self.stats.count(f"lookup_{answer.why.value}")
         if isinstance(answer, Matched):
+            tracked = self._tracked.get(lookup.request_id)
+            if tracked is not None and tracked.lookup is lookup:
+                tracked.next_save = len(slots)  # fewer than before if some were evicted since
             self.stats.count("lookups")
             self.stats.count("lookups_cut_short", answer.being_written)
 
@@ -493,6 +491,8 @@ class SchedulerConnector:
         for tracked in self._tracked.values():
             self._release(tracked)
         self._tracked.clear()
+        for save in self._saves.forget():
+            self._give_up(save)
         self._identity.new_generation()
 
     def close(self) -> None:

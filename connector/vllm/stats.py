@@ -17,7 +17,7 @@ COUNTERS = {
     "lookups": "Lookups that the node store answered",
     "lookups_cut_short": "Of these, lookups that ended at a chunk which was just being written",
     "slow_lookups": "Lookups given up because the answer came too late",
-    "unasked_lookups": "Requests that were not looked up because no node store was in reach",
+    "unasked_lookups": "Times that a request could not be looked up because no node store was in reach",
     "bypassed_requests": "Requests that cannot be cached",
     "loaded_tokens": "Prompt tokens loaded instead of computed",
     "loads_handed_over": "Loads whose requests went on before their last bytes had come",

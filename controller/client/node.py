@@ -437,6 +437,8 @@ def _send(stub: node_pb2_grpc.NodeStoreStub, call: Call, deadline_s: float) -> A
     update = stub.Update(_update_request(call), timeout=deadline_s)
     if update.refused:
         return Refused(why_from_wire(update.refused))
+    if len(update.grants) != len(call.reserve):
+        return Lost()  # nobody can say what was granted: it is given back by id
     return Updated(
         tuple(
             Slot(grant.slot.segment, grant.slot.offset, grant.slot.nbytes)

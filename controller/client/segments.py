@@ -1,6 +1,6 @@
-"""The client's end of the side socket: it stays connected, maps segments, says bye.
+"""The client's end of the side socket; and a worker's map of segments, which stays connected and says bye.
 
-One thread of its own waits on the socket; it costs nothing while nothing happens. A worker's
+The map's own thread waits on its socket; it costs nothing while nothing happens. A worker's
 mappings are kept by (store epoch, segment) and unmapped once nobody uses them.
 """
 
@@ -188,6 +188,7 @@ class SegmentMap:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._connection: SideConnection | None = None
+        self._trouble, self._failures = "", 0  # since the last connection
         self._thread = threading.Thread(target=self._run, name="kvstrata-side", daemon=True)
         self._thread.start()
 
@@ -220,9 +221,10 @@ class SegmentMap:
         while not self._closing.is_set():
             try:
                 connection = SideConnection(self._side_socket(), self._hello)
-            except (OSError, KVStrataError):
-                self._closing.wait(self._retry_s)
+            except (OSError, KVStrataError) as error:
+                self._cannot_connect(error)
                 continue
+            self._trouble, self._failures = "", 0
             with self._lock:
                 self._connection = connection
                 self._stores.setdefault(connection.epoch, _StoreSegments()).over = False
@@ -234,6 +236,19 @@ class SegmentMap:
                 self._stores[connection.epoch].over = True
                 self._sweep()
             self._closing.wait(self._retry_s)
+
+    def _cannot_connect(self, error: Exception) -> None:
+        """Say each new reason once, and ask less and less often; then wait.
+
+        That nobody listens (yet) is for the scheduler side's client to say, and passes soon.
+        """
+        if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+            self._failures = 0
+        elif str(error) != self._trouble:
+            self._trouble = str(error)
+            log.warning("this worker cannot save or load for now: no connection to the node store: %s", error)
+        self._closing.wait(self._retry_s * 2 ** min(self._failures, 3))
+        self._failures += 1
 
     def _handle(self, connection: SideConnection, message: dict[str, object], fds: list[int]) -> None:
         try:

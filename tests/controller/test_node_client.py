@@ -169,6 +169,17 @@ def test_a_worker_asks_again_whatever_the_welcome_was(
     segments.close()
 
 
+@unhandled
+def test_a_worker_says_once_why_it_cannot_connect(
+    runtime_dir: Path, fake_side: StartFake, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = fake_side(says(b"{}"))
+    segments = SegmentMap(lambda: runtime_dir / "side.sock", Hello("engine", "worker", 0), retry_s=0.01)
+    wait_for("a third hello", lambda: fake.hellos >= 3, 2.0)
+    segments.close()
+    assert len([one for one in caplog.messages if "cannot save or load for now" in one]) == 1
+
+
 class Stub:
     """A control plane that answers what a test wants."""
 

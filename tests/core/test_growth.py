@@ -54,6 +54,14 @@ def test_a_pool_that_cannot_grow_evicts(full: tuple[Store, Engine]) -> None:
     assert store.planner.counters["evicted_chunks"] == 1
 
 
+def test_leases_have_a_share_of_the_pool_as_it_is(full: tuple[Store, Engine]) -> None:
+    """Three quarters, so that there is always something to evict."""
+    store, engine = full
+    store.step(GrowthFailed())
+    assert len(engine.match(1, 2, 3, 4)) == 3
+    assert isinstance(engine.reserve(5)[0], Slot)
+
+
 def test_an_engine_that_does_not_map_a_segment_gets_what_others_leave(full: tuple[Store, Engine]) -> None:
     store, engine = full
     store.step(SegmentAdded(1, 4 * SLOT, SLOT))
