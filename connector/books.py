@@ -25,7 +25,7 @@ _USED_KEYS_MAX = 32768
 # A save that found the pool growing asks again so often, and gives up after so long, in seconds: longer
 # than engines may take to map a new segment.
 _ASK_EVERY_S = 0.05
-_PATIENCE_S = 12.0
+_ASK_FOR_S = 12.0
 
 
 class Stage(enum.Enum):
@@ -122,7 +122,7 @@ class SaveBook:
             return False
         if save.postponed_since is None:
             save.postponed_since = now
-        if now - save.postponed_since > _PATIENCE_S:
+        if now - save.postponed_since > _ASK_FOR_S:
             return False
         self.postponed.append(job)
         return True

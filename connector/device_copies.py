@@ -200,7 +200,7 @@ def open_pipes(
 
 
 def _said_yes(verdict: Future[bool]) -> bool:
-    return verdict.done() and verdict.result()
+    return verdict.done() and not verdict.cancelled() and verdict.result()
 
 
 def _event(after: Fence | None) -> int:

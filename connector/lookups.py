@@ -36,6 +36,11 @@ class Lookup:
     slots: tuple[Slot, ...] = ()
 
     @property
+    def found(self) -> int:
+        """Chunks that it can still give."""
+        return len(self.slots) if self.stage is LookupStage.HELD else 0
+
+    @property
     def is_open(self) -> bool:
         """Whether its answer is still to come."""
         return self.stage is LookupStage.ASKED
@@ -86,11 +91,6 @@ class LookupBook:
         lookup.stage = LookupStage.OVER
         self._wanted.pop(lookup.lease, None)
         return held
-
-    @property
-    def wanted(self) -> list[Lookup]:
-        """Those that are not over."""
-        return list(self._wanted.values())
 
     def held_since(self, moment: float) -> list[Lookup]:
         """Those that were asked before `moment` and hold a lease."""

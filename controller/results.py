@@ -27,6 +27,7 @@ from kvstrata.core.errors import KVStrataError
 Value = bool | float
 
 TABLE_BEGIN = "<!-- results: written by `kvstrata results --readme`, not by hand -->"
+SHORT_BEGIN = "<!-- results, the main ones: written by `kvstrata results --readme`, not by hand -->"
 TABLE_END = "<!-- results end -->"
 
 _PACKAGES = ("kvstrata", "vllm", "torch")  # whose versions a result names, where installed
@@ -255,16 +256,35 @@ def markdown_table(results: Iterable[Result]) -> str:
     lines = ["| figure | measured | goal | met |", "|---|---:|---:|---|"]
     devices: dict[str, list[str]] = {}
     for result in results:
-        for figure in result.figures:
-            hides = _goal_text(figure).endswith(f" {readable(figure.value)}")
-            value = f"{readable(figure.value, 5 if hides else 3)} {figure.unit}".rstrip()
-            met = {None: "", True: "yes", False: "**no**"}[figure.met]
-            lines.append(f"| `{figure.name}` | {value} | {_goal_text(figure)} | {met} |")
+        lines += [_row(f"`{figure.name}`", figure) for figure in result.figures]
         on = ", ".join(f"{name} {version}" for name, version in result.versions.items())
         devices.setdefault(f"{result.device}; {on}", []).append(f"`{result.command}` ({result.date[:10]})")
     for where, commands in devices.items():
         lines += ["", f"Measured on {where}: {', '.join(commands)}."]
     return "\n".join(lines)
+
+
+def short_table(results: Iterable[Result], sections: Mapping[str, Mapping[str, str]]) -> str:
+    """The figures that `sections` name, each in words, and how many of all goals are met.
+
+    Args:
+        results: all that are kept.
+        sections: figures' names to words, under the heading of each section.
+    """
+    figures = {figure.name: figure for result in results for figure in result.figures}
+    goals = [figure.met for figure in figures.values() if figure.met is not None]
+    lines = []
+    for heading, words in sections.items():
+        lines += [f"| {heading} | measured | goal | met |", "|---|---:|---:|---|"]
+        lines += [_row(text, figures[name]) for name, text in words.items() if name in figures] + [""]
+    return "\n".join([*lines, f"{goals.count(True)} of {len(goals)} goals are met."])
+
+
+def _row(named: str, figure: Figure) -> str:
+    hides = _goal_text(figure).endswith(f" {readable(figure.value)}")
+    value = f"{readable(figure.value, 5 if hides else 3)} {figure.unit}".rstrip()
+    met = {None: "", True: "yes", False: "**no**"}[figure.met]
+    return f"| {named} | {value} | {_goal_text(figure)} | {met} |"
 
 
 def _goal_text(figure: Figure) -> str:
@@ -275,21 +295,19 @@ def _goal_text(figure: Figure) -> str:
     return shown if sign == "==" else f"{sign.replace('<=', '≤').replace('>=', '≥')} {shown}"
 
 
-def with_table(text: str, table: str) -> str:
-    """`text` with `table` between its two markers.
+def with_table(text: str, table: str, begin: str = TABLE_BEGIN) -> str:
+    """`text` with `table` between the marker `begin` and the end.
 
     Raises:
         ResultError: the markers are missing, or more than one pair.
     """
-    if text.count(TABLE_BEGIN) != 1 or text.count(TABLE_END) != 1:
-        raise ResultError(
-            f"the table's place is not marked once: put these lines in:\n{TABLE_BEGIN}\n{TABLE_END}"
-        )
-    before, rest = text.split(TABLE_BEGIN)
+    if text.count(begin) != 1 or text.count(TABLE_END) != 1:
+        raise ResultError(f"the table's place is not marked once: put these lines in:\n{begin}\n{TABLE_END}")
+    before, rest = text.split(begin)
     if TABLE_END not in rest:
-        raise ResultError(f"the table's markers stand the wrong way round: {TABLE_BEGIN} comes first")
+        raise ResultError(f"the table's markers stand the wrong way round: {begin} comes first")
     after = rest.split(TABLE_END)[1]
-    return f"{before}{TABLE_BEGIN}\n{table}\n{TABLE_END}{after}"
+    return f"{before}{begin}\n{table}\n{TABLE_END}{after}"
 
 
 def replace_file(path: Path, text: str) -> None:

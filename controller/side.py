@@ -23,6 +23,8 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+from kvstrata.core.lives import ProcessId
+
 MAX_MESSAGE = 128 << 10
 PROTOCOL = 2
 QUESTION = b"M"  # no JSON object begins so
@@ -44,6 +46,11 @@ class Hello:
     role: str  # "scheduler" or "worker"
     rank: int
     protocol: int = PROTOCOL
+
+    @property
+    def process(self) -> ProcessId:
+        """Which one of its engine."""
+        return self.role, self.rank
 
     @classmethod
     def parse(cls, fields: Any) -> Hello:

@@ -14,13 +14,13 @@ from typing import Any
 
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.policy import POLICIES
-from kvstrata.core.units import parse_size, parse_time
+from kvstrata.core.units import format_size, parse_size, parse_time
 
 AUTO = 0  # "auto" for sizes: chosen by the node store when it starts
 
 
-def _size(default: int, *, least: int = 4096) -> Any:
-    return field(default=default, metadata={"parse": parse_size, "least": least})
+def _size(default: int, *, least: int, hint: str = "") -> Any:
+    return field(default=default, metadata={"parse": parse_size, "least": least, "hint": hint})
 
 
 def _count(default: int, *, most: int) -> Any:
@@ -39,14 +39,24 @@ def _choice(default: str, *choices: str) -> Any:
 class HostConfig:
     """The host pool. Memory is taken as it is needed, up to `size`, and kept."""
 
-    size: int = _size(AUTO)  # "auto": a quarter of the memory available when the node store starts
-    segment_size: int = _size(AUTO)  # growth step; "auto": 1 GiB from a pool of 16 GiB on, else up to 256 MiB
+    # "auto": a quarter of the memory available when the node store starts
+    size: int = _size(
+        AUTO,
+        least=1 << 20,
+        hint='leave it out, or write "auto", for a quarter of the memory that is available; to store nothing '
+        "and load nothing, set client.save and client.load to false",
+    )
+    # growth step; "auto": 1 GiB from a pool of 16 GiB on, else up to 256 MiB
+    segment_size: int = _size(AUTO, least=4096)
     policy: str = _choice("lru", *POLICIES)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkConfig:
-    """The unit of storing. Smaller chunks hit earlier and cost more bookkeeping."""
+    """The unit of storing. Smaller chunks hit earlier and cost more bookkeeping.
+
+    Engines with chunks of different sizes use one pool, but not each other's chunks.
+    """
 
     tokens: int = _count(256, most=65536)  # rounded up to whole engine blocks
 
@@ -66,7 +76,7 @@ class NodeConfig:
 class ClientConfig:
     """The connector's side: what it waits for, and how long."""
 
-    lookup_wait: float = _time(0.001, most=60.0)  # seconds a step may wait for answers, all requests together
+    lookup_wait: float = _time(0.001, most=0.1)  # seconds a step may wait for answers, all requests together
     call_deadline: float = _time(
         1.0, least=0.01, most=60.0
     )  # one RPC; past it the store counts as absent for a moment
@@ -174,6 +184,7 @@ def _validate(path: str, value: Any, source: str) -> Any:
     section, key = path.split(".")
     spec = _fields(section)[key]
     parse, least, most, choices = (spec.metadata.get(name) for name in ("parse", "least", "most", "choices"))
+    hint = f": {text}" if (text := spec.metadata.get("hint")) else ""
     if parse:
         if value == "auto" and spec.default == AUTO and parse is parse_size:
             return AUTO
@@ -186,9 +197,10 @@ def _validate(path: str, value: Any, source: str) -> Any:
         raise ConfigError(f"{path} in {source} is {value!r}; it must be {kind}")
     if choices and value not in choices:
         raise ConfigError(f"{path} in {source} is {value!r}; allowed: {', '.join(choices)}")
-    unit = " bytes" if parse is parse_size else " seconds" if parse is parse_time else ""
+    unit = " seconds" if parse is parse_time else ""
     if least is not None and value < least:
-        raise ConfigError(f"{path} in {source} is {value!r}; the least allowed is {least}{unit}")
+        bound = format_size(least) if parse is parse_size else f"{least}{unit}"
+        raise ConfigError(f"{path} in {source} is {value!r}; the least allowed is {bound}{hint}")
     if most is not None and value > most:
         raise ConfigError(f"{path} in {source} is {value!r}; the most allowed is {most}{unit}")
     return value

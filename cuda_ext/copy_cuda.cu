@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "copy_kernels.cuh"
@@ -39,10 +40,20 @@ struct Slab {
     cudaEvent_t free = nullptr;
 };
 
+// A kernel that is launched as a graph of one node, with other arguments each time. Once some ten kernels were
+// launched in the ordinary way on a stream of its own, all that an engine computes takes 3 % longer for good
+// (CUDA 13 on H100 and H200; docs/gpu.md); launched as graphs they cost it nothing.
+struct Launcher {
+    cudaGraph_t graph = nullptr;
+    cudaGraphNode_t node = nullptr;
+    cudaGraphExec_t ready = nullptr;
+    cudaKernelNodeParams call = {};
+};
+
 constexpr int SHARED_OF_KERNELS = 1024;  // more than their own variables need
 constexpr int64_t SLABS = 6, SLABS_MIN = 3;
 constexpr size_t COPY_STREAMS = 2;
-constexpr int64_t BYTES_OF_LAUNCH = 3 << 19;
+constexpr int64_t BYTES_OF_LAUNCH = 5 << 20;  // less cannot be launched as fast as the link takes it
 
 }  // namespace
 
@@ -60,6 +71,7 @@ struct kvs_pipe {
     std::vector<kvs_ticket*> tickets;  // not in use
     std::array<cudaStream_t, COPY_STREAMS> copies = {};
     cudaStream_t kernels = nullptr;
+    Launcher gather, scatter;
     cudaEvent_t read = nullptr;  // all saves enqueued so far have read their blocks
     int shared_max = 0;  // bytes of shared memory that one thread block may have
     size_t next_slab = 0;
@@ -181,17 +193,38 @@ int copy_runs(const Piece& piece, const Slab& slab, const Batch& batch, bool loa
     return 0;
 }
 
-// Some sub-blocks at a time, one launch after the other: so most of the device's multiprocessors are the
-// engine's at any time, and a link that takes ten times as long as the kernels is kept busy all the same.
-template <class Kernel>
-int launch(Kernel kernel, const kvs_pipe& pipe, const Piece& piece, int64_t chunks, int64_t shared_bytes, Job& job) {
+// Some sub-blocks at a time, one launch after the other: so a good part of the device's multiprocessors
+// is the engine's at any time, and a link that takes ten times as long as the kernels is kept busy all the same.
+int launch(Launcher& kernel, const kvs_pipe& pipe, const Piece& piece, int64_t chunks, int64_t shared_bytes, Job& job) {
     const auto all = static_cast<int32_t>(piece.sub_blocks * chunks);
     const auto most = static_cast<int32_t>(std::max<int64_t>(1, BYTES_OF_LAUNCH / piece.stored_bytes));
+    void* arguments[] = {&job};
+    kernel.call.kernelParams = arguments;  // read at once, what was launched before keeps its own
+    kernel.call.sharedMemBytes = static_cast<unsigned>(shared_bytes);
     for (job.first = 0; job.first < all; job.first += most) {
-        kernel<<<std::min(most, all - job.first), THREADS, shared_bytes, pipe.kernels>>>(job);
-        KVS_TRY(cudaGetLastError());
+        kernel.call.gridDim.x = static_cast<unsigned>(std::min(most, all - job.first));
+        KVS_TRY(cudaGraphExecKernelNodeSetParams(kernel.ready, kernel.node, &kernel.call));
+        KVS_TRY(cudaGraphLaunch(kernel.ready, pipe.kernels));
     }
     return 0;
+}
+
+int make_launcher(const void* kernel, int shared_max, Launcher* made) {
+    KVS_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_max));
+    Job none = {};
+    void* arguments[] = {&none};
+    made->call.func = const_cast<void*>(kernel);
+    made->call.gridDim = dim3(1);
+    made->call.blockDim = dim3(THREADS);
+    made->call.kernelParams = arguments;
+    KVS_TRY(cudaGraphCreate(&made->graph, 0));
+    KVS_TRY(cudaGraphAddKernelNode(&made->node, made->graph, nullptr, 0, &made->call));
+    return static_cast<int>(cudaGraphInstantiate(&made->ready, made->graph, 0));
+}
+
+void end_launcher(const Launcher& kernel) {
+    if (kernel.ready != nullptr) cudaGraphExecDestroy(kernel.ready);
+    if (kernel.graph != nullptr) cudaGraphDestroy(kernel.graph);
 }
 
 int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch, bool ahead) {
@@ -202,7 +235,7 @@ int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch, bool ahea
     KVS_TRY(cudaStreamWaitEvent(pipe.kernels, slab->filled, 0));
     Job job = job_of(pipe, piece, *slab, batch);
     job.room = room_for(pipe, piece.stored_bytes);
-    if (const int error = launch(scatter_kernel, pipe, piece, batch.count, job.room, job)) return error;
+    if (const int error = launch(pipe.scatter, pipe, piece, batch.count, job.room, job)) return error;
     KVS_TRY(cudaEventRecord(slab->free, pipe.kernels));
     return 0;
 }
@@ -211,7 +244,7 @@ int save_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     Slab* slab;
     if (const int error = take_slab(pipe, false, &slab)) return error;
     Job job = job_of(pipe, piece, *slab, batch);
-    if (const int error = launch(gather_kernel, pipe, piece, batch.count, piece.tables_bytes, job)) return error;
+    if (const int error = launch(pipe.gather, pipe, piece, batch.count, piece.tables_bytes, job)) return error;
     KVS_TRY(cudaEventRecord(slab->filled, pipe.kernels));
     KVS_TRY(cudaStreamWaitEvent(slab->copies, slab->filled, 0));
     if (const int error = copy_runs(piece, *slab, batch, false)) return error;
@@ -311,8 +344,9 @@ int open_pipe(kvs_pipe& pipe, const kvs_plan* plans, int64_t n_plans) {
     KVS_TRY(cudaStreamCreateWithFlags(&pipe.kernels, cudaStreamNonBlocking));
     KVS_TRY(cudaDeviceGetAttribute(&pipe.shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, pipe.shape.device));
     pipe.shared_max -= SHARED_OF_KERNELS;
-    for (const void* kernel : {reinterpret_cast<const void*>(gather_kernel), reinterpret_cast<const void*>(scatter_kernel)}) {
-        KVS_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, pipe.shared_max));
+    for (auto [kernel, launcher] : {std::pair{reinterpret_cast<const void*>(gather_kernel), &pipe.gather},
+                                    std::pair{reinterpret_cast<const void*>(scatter_kernel), &pipe.scatter}}) {
+        if (const int error = make_launcher(kernel, pipe.shared_max, launcher)) return error;
     }
     int64_t largest = 16;  // a rank may have nothing to save
     for (const Plan& plan : pipe.plans) {
@@ -360,6 +394,8 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
         cudaFree(plan.planes);
         cudaFree(plan.first_of);
     }
+    end_launcher(pipe->gather);
+    end_launcher(pipe->scatter);
     if (pipe->read != nullptr) cudaEventDestroy(pipe->read);
     for (cudaStream_t stream : pipe->copies) {
         if (stream != nullptr) cudaStreamDestroy(stream);

@@ -33,8 +33,6 @@ class Loading:
     """A load that the workers have. It outlives an aborted request."""
 
     request_id: str
-    lease: int
-    epoch: bytes
     first_chunk: int
     tokens: int
     ranks_ended: int = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.connector.vllm.compat import context_parallel_size
-from kvstrata.controller.client import runtime_folder
+from kvstrata.controller.client import runtime_paths
 from kvstrata.controller.client.config_file import read_yaml
 from kvstrata.core.config import Config, build_config
 from kvstrata.core.errors import ConfigError, NodeUnavailable, UnsupportedModel
@@ -79,7 +79,7 @@ def read_settings(extra: Mapping[str, Any]) -> Config:
         sources.insert(0, (name, read_yaml(Path(name), "that KVSTRATA_CONFIG names")))
     config = build_config(*sources)
     with contextlib.suppress(NodeUnavailable):  # that may change: it is said again for as long as it lasts
-        runtime_folder(config.node)
+        runtime_paths(config.node)
     return config
 
 

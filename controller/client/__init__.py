@@ -2,7 +2,7 @@
 
 from kvstrata.controller.client.node import Answer, Call, Lost, NodeClient, Session
 from kvstrata.controller.client.segments import SegmentMap, worker_segments
-from kvstrata.controller.paths import runtime_paths as runtime_folder
+from kvstrata.controller.paths import runtime_paths
 from kvstrata.storage_backends.host import MappedSegment
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "NodeClient",
     "SegmentMap",
     "Session",
-    "runtime_folder",
+    "runtime_paths",
     "worker_segments",
 ]

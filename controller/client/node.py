@@ -310,9 +310,9 @@ class NodeClient:
                 "or use another node.runtime_dir"
             )
         if why_from_wire(reply.refused) is Why.POOL_TOO_SMALL:
-            least = min(self._slot_sizes)
+            most = max(self._slot_sizes)  # room for less would only lead to the next complaint
             raise NodeUnavailable(
-                f"one chunk of this model needs {format_size(least)}, {_no_room(least, reply)}"
+                f"one chunk of this model needs {format_size(most)}, {_no_room(most, reply)}"
             )
         self._mind_largest(reply)
         pool, chunk = format_size(reply.pool_bytes), format_size(self._slot_sizes[0])
@@ -320,14 +320,18 @@ class NodeClient:
         return Session(reply.store_epoch)
 
     def _mind_largest(self, reply: pb.OpenReply) -> None:
-        """Chunks that do not pack need the largest slots; without them the rest is of use. Said once."""
-        largest = max(self._slot_sizes)
+        """Without room for the largest chunks the others are of use still. Said once."""
+        usual, largest = self._slot_sizes[0], max(self._slot_sizes)
         if not 0 < reply.slot_bytes_max < largest:  # 0: the store does not tell
             return
-        text = f"a chunk that does not pack needs {format_size(largest)}, {_no_room(largest, reply)}"
+        if reply.slot_bytes_max < usual:  # it may still load what others have packed
+            text = f"stores nothing of this engine: a chunk needs {format_size(largest)}"
+        else:
+            text = f"does not keep some chunks: one that does not pack needs {format_size(largest)}"
+        text = f"kvstrata {text}, {_no_room(largest, reply)}"
         if text != self._last_warning:
             self._last_warning = text
-            self._notify(f"kvstrata does not keep some chunks: {text}")
+            self._notify(text)
 
     def _answered(self, session: Session, call: Call, answer: Answer) -> None:
         self._answers.put((session, call, answer))
@@ -414,7 +418,7 @@ class NodeClient:
             text = f"the node store in {self._folder} did not answer within {seconds:g} s; it is asked again"
         if text != self._last_trouble:
             self._last_trouble = text or ""
-            self._notify(f"kvstrata is not used for now, every lookup is a miss: {text}")
+            self._notify(f"kvstrata is not used until this changes, every lookup is a miss: {text}")
 
 
 def _no_room(slot_bytes: int, reply: pb.OpenReply) -> str:

@@ -104,7 +104,7 @@ class NodeService(node_pb2_grpc.NodeStoreServicer):
         return pb.CheckReply(problems=self._store.problems(), json=json.dumps(self._store.stats()))
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: Context) -> pb.ShutdownReply:
-        ending = request.force or not self._store.side.serves
+        ending = request.force or not self._store.side.lives.serves
         if ending:
             self._store.ending.set()
         return pb.ShutdownReply(ending=ending)

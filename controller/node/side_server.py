@@ -1,8 +1,6 @@
-"""The store's end of the side socket: lives of clients, segments to workers.
+"""The store's end of the side socket: lives of clients, segments to workers, answers to questions.
 
-A client is an engine: one scheduler process and its workers, each with a connection. The
-store hears `stopped` at the first connection that ends without a bye, and `gone` when every
-process of the client has exited or said bye.
+What the end of a connection or of a process means is said in `core/lives.py`; here it is noticed.
 """
 
 from __future__ import annotations
@@ -20,14 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from kvstrata.controller.side import Hello, receive_message, send_match, send_message
-from kvstrata.core.events import (
-    ClientGone,
-    ClientResumed,
-    ClientStopped,
-    Event,
-    SegmentRegistered,
-    WorkerDisconnected,
-)
+from kvstrata.core.events import Event, SegmentRegistered
+from kvstrata.core.lives import SCHEDULER, Lives, ProcessId
 
 log = logging.getLogger("kvstrata.node")
 
@@ -47,13 +39,12 @@ class Offer:
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One process of a client. `done`: it exited or said that its copies are finished."""
+    """With one process of a client, once it has said hello."""
 
     sock: socket.socket
     hello: Hello | None = None
     pidfd: int | None = None
     open: bool = True
-    done: bool = False
     offers: dict[int, Offer] = field(default_factory=dict)  # by segment
     behind: bool = False  # its socket did not take all that it should have
 
@@ -87,8 +78,8 @@ class SideServer:
         self._path, self._epoch, self._apply, self._segments = path, epoch, apply, segments
         self._mode, self._gid = mode, gid
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self.connections: dict[str, list[Connection]] = {}
-        self.opened: set[str] = set()  # clients that the control plane has opened
+        self._connections: dict[tuple[str, ProcessId], Connection] = {}  # the newest of each process
+        self.lives = Lives()
 
     def start(self) -> None:
         """Bind and listen. The lock file guarantees that a leftover socket is nobody's."""
@@ -112,25 +103,18 @@ class SideServer:
         self._listener.close()
         if unlink:
             self._path.unlink(missing_ok=True)
-        for connections in list(self.connections.values()):
-            for connection in connections:
-                self._forget_process(connection)
-                if connection.open:
-                    _hang_up(connection)
-
-    @property
-    def serves(self) -> bool:
-        """Whether an engine is connected that was not refused."""
-        return any(member.open for client in self.opened for member in self.connections.get(client, ()))
+        for connection in self._connections.values():
+            self._forget_process(connection)
+            if connection.open:
+                _hang_up(connection)
 
     def has_scheduler(self, client: str) -> bool:
         """Whether the scheduler side of `client` is connected."""
-        group = self.connections.get(client, ())
-        return any(c.open and c.hello is not None and c.hello.role == "scheduler" for c in group)
+        return self.lives.is_open(client, SCHEDULER)
 
     def client_opened(self, client: str) -> None:
         """From now on the client's workers get segments."""
-        self.opened.add(client)
+        self.lives.open(client)
         self.offer_segments()
 
     def offer_segments(self) -> None:
@@ -138,10 +122,10 @@ class SideServer:
 
         Called at each change, and now and then for what did not fit a socket.
         """
-        for client in self.opened & set(self.connections):
-            for connection in self.connections[client]:
-                if connection.open and connection.worker:
-                    self._send_segments(connection)
+        opened = self.lives.opened
+        for connection in self._connections.values():
+            if connection.open and connection.worker and connection.worker.client in opened:
+                self._send_segments(connection)
 
     def _send_segments(self, connection: Connection) -> None:
         now = time.monotonic()
@@ -225,16 +209,14 @@ class SideServer:
             if len(fds) != 1 or "Pid:" not in Path(f"/proc/self/fdinfo/{fds[0]}").read_text():
                 raise ValueError("a hello brings exactly one pidfd")
             connection.hello, connection.pidfd = hello, fds[0]
-            group = self.connections.setdefault(hello.client, [])
-            for earlier in [member for member in group if _same_process(member, hello)]:
+            name = hello.client, hello.process
+            if earlier := self._connections.pop(name, None):
                 if earlier.open:  # the news of its end are still behind what it said before
                     self._ended(earlier)
                 self._forget_process(earlier)  # its connection broke: the process now answers on this one
-                group.remove(earlier)
-            group.append(connection)
-            if all(member.open for member in group):
-                self._apply(ClientResumed(hello.client))
-            asyncio.get_running_loop().add_reader(fds[0], self._exited, connection)
+            self._connections[name] = connection
+            self._apply_all(self.lives.arrived(*name))
+            asyncio.get_running_loop().add_reader(fds[0], self._done, connection)
             send_message(connection.sock, {"welcome": {"epoch": self._epoch.hex()}})
             self.offer_segments()
         elif "registered" in message and (worker := connection.worker):
@@ -242,8 +224,7 @@ class SideServer:
         elif "unusable" in message and connection.worker:
             self._unusable(connection, int(message["unusable"]))
         elif "bye" in message:
-            connection.done = True
-            self._ended(connection)
+            self._done(connection)
         else:
             raise ValueError(f"unexpected message {sorted(message)}")
 
@@ -268,45 +249,30 @@ class SideServer:
             self._ended(connection)
 
     def _ended(self, connection: Connection) -> None:
-        """The stream is over: no new grants; claims stay until the process answers or exits."""
+        """The stream is over; its process may live."""
         if connection.open:
             connection.open = False
             _hang_up(connection)
-        if connection.hello is not None:
-            self._apply(ClientStopped(connection.hello.client))
-            if worker := connection.worker:
-                self._apply(WorkerDisconnected(worker.client, worker.rank))
-            self._settle(connection)
+        if hello := connection.hello:
+            self._apply_all(self.lives.ended(hello.client, hello.process))
 
-    def _exited(self, connection: Connection) -> None:
-        connection.done = True
-        if connection.open:
-            self._ended(connection)
-        else:
-            self._settle(connection)
+    def _done(self, connection: Connection) -> None:
+        """Its process has exited, or said that it copies no more."""
+        self._ended(connection)
+        self._forget_process(connection)
+        if hello := connection.hello:
+            del self._connections[hello.client, hello.process]
+            self._apply_all(self.lives.done(hello.client, hello.process))
 
-    def _settle(self, connection: Connection) -> None:
-        assert connection.hello is not None
-        client = connection.hello.client
-        if connection.done:
-            self._forget_process(connection)
-        group = self.connections.get(client)
-        if group and all(member.done for member in group):
-            del self.connections[client]
-            self.opened.discard(client)
-            self._apply(ClientGone(client))
+    def _apply_all(self, events: list[Event]) -> None:
+        for event in events:
+            self._apply(event)
 
     def _forget_process(self, connection: Connection) -> None:
         if connection.pidfd is not None:
             asyncio.get_running_loop().remove_reader(connection.pidfd)
             os.close(connection.pidfd)
             connection.pidfd = None
-
-
-def _same_process(connection: Connection, hello: Hello) -> bool:
-    """A client's name is that of one engine's life, so role and rank name one process of it."""
-    known = connection.hello
-    return known is not None and (known.role, known.rank) == (hello.role, hello.rank)
 
 
 def _hang_up(connection: Connection) -> None:

@@ -79,7 +79,7 @@ class NodeStore:
                 if not self.still_ours():
                     log.error("the runtime folder was removed or taken over: ending")
                     break
-                if self.side.serves:
+                if self.side.lives.serves:
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since > self.config.node.idle_exit:
                     log.info("no client for %.0f s: ending", self.config.node.idle_exit)

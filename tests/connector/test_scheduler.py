@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 
 from kvstrata.connector.vllm.metadata import StepWork, WorkDone
-from kvstrata.connector.vllm.requests import Loading
 from kvstrata.connector.vllm.scheduler import SchedulerConnector
 from kvstrata.controller.client import Answer, Call, Session
 from kvstrata.core.config import ClientConfig
@@ -24,10 +23,10 @@ STORE = b"store"
 class Client:
     """A node store that answers at once: slots for whatever is asked, and as many hits as `stored` says."""
 
-    slot_sizes = (4096,)
     client = "engine"
 
     def __init__(self) -> None:
+        self.slot_sizes: tuple[int, ...] = (4096,)
         self.session = Session(STORE)
         self.stored = 0
         self.sent: list[Call] = []
@@ -139,10 +138,32 @@ def test_chunks_that_were_evicted_while_their_request_waited_are_saved_again() -
     assert len(client.said("reserve")) == 4
 
 
+@pytest.mark.parametrize("another", [False, True], ids=["same store", "another store"])
+def test_a_chunk_that_did_not_fit_packed_is_saved_raw_but_not_for_another_store(another: bool) -> None:
+    """Its job would have the former store's epoch: the workers would find no slot, the store keep one."""
+    client = Client()
+    client.slot_sizes = (4096, 8192)
+    side = scheduler_side(client)
+    asked = request()
+    side.new_request(asked)
+    side.matched_tokens(asked, 0)
+    step(side, asked)
+    begun = step(side).saves
+    assert len(begun) == 4
+    jobs = {save.job: 1 for save in begun}
+    if another:
+        client.session = Session(b"other")
+        step(side)
+    side.work_done(WorkDone(saved=jobs, unsaved=set(jobs), unpackable=set(jobs)))
+    step(side)
+    again = [nbytes for job, _, nbytes in client.said("reserve") if job not in jobs]
+    assert again == ([] if another else [8192] * 4)
+
+
 @pytest.mark.parametrize("session", [SimpleNamespace(epoch=b"store"), None], ids=["store", "no store"])
 def test_an_engine_does_not_sleep_while_a_load_is_under_way(session: object) -> None:
     """Its request may be over: it was handed over, and then aborted. Its end gives the lease back."""
     side = scheduler_side(SimpleNamespace(session=session))
     assert not side.busy()
-    side._loading[1] = Loading("aborted", 1, b"store", 0, 256)
+    side._link._loads[1] = 1, b"store"
     assert side.busy()

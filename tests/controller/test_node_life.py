@@ -340,7 +340,7 @@ def test_a_killed_store_is_noticed_and_replaced(node_store: StartStore, engines:
     assert engine.troubles in (
         [],
         [
-            "kvstrata is not used for now, every lookup is a miss: "
+            "kvstrata is not used until this changes, every lookup is a miss: "
             "the node store has ended, or hung up on this engine"
         ],
     )

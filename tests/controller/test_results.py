@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvstrata.controller import results
+from kvstrata.controller import cli_results, results
 from kvstrata.controller.results import TABLE_BEGIN, TABLE_END, Figure, Result, ResultError, measured
 
 README = f"# kvstrata\n\n{TABLE_BEGIN}\nold\n{TABLE_END}\n\nmore\n"
@@ -129,6 +129,25 @@ def test_the_table_shows_values_goals_and_how_to_repeat_them() -> None:
     assert "| `b.keys` | 500,000 | ≥ 1,000,000 | **no** |" in table
     assert "| `b.equal` | yes | yes | yes |" in table
     assert "Measured on a processor, 2 cores; python 3.11: `python benches/pool.py` (2026-01-02)" in table
+
+
+def test_the_short_table_shows_the_main_figures_in_words_and_counts_every_goal() -> None:
+    kept = [
+        a_result(Figure("a.ratio", 0.1274, "", "<= 0.25"), Figure("a.time_ms", 12.34, "ms")),
+        a_result(Figure("b.keys", 5e5, "", ">= 1e6"), bench="b"),
+    ]
+    sections = {"Here": {"a.ratio": "how long it takes"}, "There": {"b.none": "not measured yet"}}
+    table = results.short_table(kept, sections)
+    assert "| Here | measured | goal | met |" in table
+    assert "| how long it takes | 0.127 | ≤ 0.25 | yes |" in table
+    assert "not measured yet" not in table
+    assert table.endswith("\n1 of 2 goals are met.")
+
+
+def test_the_main_figures_are_all_kept() -> None:
+    named = {name for words in cli_results._MAIN.values() for name in words}
+    kept = results.read_all(Path(__file__).resolve().parents[2] / "docs" / "results")
+    assert named <= {figure.name for result in kept for figure in result.figures}
 
 
 @pytest.mark.parametrize(

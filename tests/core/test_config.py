@@ -16,7 +16,9 @@ from kvstrata.core.errors import ConfigError
 
 Tree = dict[str, Any]
 
-sizes = st.one_of(st.just("auto"), st.integers(4096, 1 << 45), st.sampled_from(["8GiB", "500 MB", "64kib"]))
+sizes = st.one_of(
+    st.just("auto"), st.integers(1 << 20, 1 << 45), st.sampled_from(["8GiB", "500 MB", "1024kib"])
+)
 times = st.one_of(st.floats(1, 1e6), st.integers(1, 10**6), st.sampled_from(["30min", "2 h", "1500ms"]))
 trees = st.fixed_dictionaries(
     {},
@@ -35,7 +37,7 @@ trees = st.fixed_dictionaries(
         "client": st.fixed_dictionaries(
             {},
             optional={
-                "lookup_wait": st.floats(0, 60),
+                "lookup_wait": st.floats(0, 0.1),
                 "load_deadline": st.floats(1.0, 90.0),
                 "copy_threads": st.integers(1, 8),
                 "save": st.booleans(),
@@ -143,13 +145,15 @@ def test_a_section_that_is_no_section_is_refused_with_its_keys() -> None:
         ("node.idle_exit", -math.inf, "-inf is not a time"),
         ("node.idle_exit", "9" * 400 + "d", "is not a time"),
         ("client.lookup_wait", math.inf, "inf is not a time"),
-        ("client.lookup_wait", "1h", "3600.0; the most allowed is 60.0 seconds"),
+        ("client.lookup_wait", "1h", "3600.0; the most allowed is 0.1 seconds"),
         ("client.call_deadline", "1h", "3600.0; the most allowed is 60.0 seconds"),
         ("node.idle_exit", "auto", "'auto' is not a time"),
         ("node.idle_exit", "0.5s", "0.5; the least allowed is 1.0"),
         ("client.load_deadline", 0, "0.0; the least allowed is 0.1"),
         ("client.load_deadline", "2min", "120.0; the most allowed is 90.0"),
-        ("host.size", 0, "0; the least allowed is 4096 bytes"),
+        ("host.size", 0, '0; the least allowed is 1.0 MiB: leave it out, or write "auto", for a quarter'),
+        ("host.size", "500kB", "500000; the least allowed is 1.0 MiB"),
+        ("client.staging", 4096, "4096; the least allowed is 1.0 MiB"),
         ("client.copy_threads", 0, "0; the least allowed is 1"),
         ("client.copy_threads", 65, "65; the most allowed is 64"),
         ("client.copy_threads", True, "True; it must be a whole number"),

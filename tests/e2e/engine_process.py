@@ -180,9 +180,9 @@ class Engine:
         return {
             "tracked": len(side._tracked),
             "loading": len(side._loading),
-            "lookups": len(side._lookups.wanted),
-            "saves": len(side._saves),
-            "watched_blocks": len(side._saves._by_block),
+            "lookups": side._link.lookups.leases,
+            "saves": len(side._link.saves),
+            "watched_blocks": len(side._link.saves._by_block),
         }
 
     def counters(self) -> dict[str, float]:
@@ -220,10 +220,10 @@ class Engine:
         return int(samples[names[0]]), int(samples[names[1]])
 
     def client_name(self) -> str:
-        return str(self.core.scheduler.connector._scheduler._client.client)
+        return str(self.core.scheduler.connector._scheduler._link._client.client)
 
     def connected(self) -> bool:
-        return self.core.scheduler.connector._scheduler._client.session is not None
+        return self.core.scheduler.connector._scheduler._link._client.session is not None
 
     def storm(self, prompts: list[Any], seed: int, aborts: float, max_tokens: int = 8) -> dict[str, Any]:
         """Many requests at once, some aborted at random. Returns the answers of those that finished."""

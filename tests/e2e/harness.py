@@ -87,6 +87,7 @@ class EngineProcess:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        self._tidy()
 
     def close(self) -> None:
         """Shut down in order; kill what does not."""
@@ -96,6 +97,9 @@ class EngineProcess:
                 self.process.wait(30)
             except (EngineError, OSError, subprocess.TimeoutExpired):
                 self.kill()
+        self._tidy()
+
+    def _tidy(self) -> None:
         self._out.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -218,8 +222,7 @@ class Host:
 
     def close(self) -> None:
         for engine in self._engines:
-            if engine.process.poll() is None:
-                engine.kill()
+            engine.kill()  # also those that ended by themselves: they leave folders
         if self.paths.lock.exists() and (text := self.paths.lock.read_text().strip()):
             end_process(int(text))
 

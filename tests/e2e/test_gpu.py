@@ -57,6 +57,9 @@ def test_an_engine_that_is_put_to_sleep_at_once(host: Host) -> None:
             assert same(gpu_hits(engine), right)
         assert same(host_hits(engine, together=True), right)
     host.quiet()
+    with host.engine(max_model_len=4096) as other:  # finds what was saved before the first sleep, if anything
+        found = [other.ask(question)[0] for question in QUESTIONS]
+    assert all(answer["tokens"] == one["tokens"] for answer, one in zip(found, right, strict=True))
 
 
 def test_memory_in_expandable_segments_is_refused(host: Host) -> None:

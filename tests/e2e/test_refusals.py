@@ -56,7 +56,7 @@ def test_the_start_is_refused_in_words(host: Host, arguments: dict[str, Any], sa
 
 
 def test_a_pool_smaller_than_a_chunk_is_said_and_serving_goes_on(host: Host) -> None:
-    engine = host.start(extra={"host": {"size": "64KiB"}}).ready()
+    engine = host.start(extra={"host": {"size": "1MiB"}, "chunk": {"tokens": 1024}}).ready()
 
     (answer,) = engine.ask(list(range(3, 700)))
 

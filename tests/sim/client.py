@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvstrata.controller.client import Answer, Call, Lost, Session
 from kvstrata.core.events import Action, GrowPool, Match, Refused, Why
-from tests.sim.store import SCHEDULER
+from kvstrata.core.lives import SCHEDULER, ProcessId
 
 if TYPE_CHECKING:
     from tests.sim.engine import SimEngine
@@ -28,7 +28,7 @@ class SimClient:
         self._engine, self._process = engine, engine.process
         self.client = engine.name
         self.slot_sizes = engine.slot_sizes
-        self.rank = SCHEDULER
+        self.side: ProcessId = SCHEDULER  # who it is on the side socket
         self._session: Session | None = None
         self._answers: deque[tuple[Session, Call, Answer]] = deque()
         self._seq = 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kvstrata.connector.vllm.scheduler import SchedulerConnector
 from kvstrata.core.config import ClientConfig
 from kvstrata.core.keys import KeyChain
+from kvstrata.core.lives import ProcessId
 from tests.sim.blocks import BLOCK_TOKENS
 from tests.sim.client import CALL_DEADLINE_S, SimClient
 from tests.sim.clock import Process
@@ -106,6 +107,11 @@ class SimEngine:
         self._leases: dict[int, tuple[SimRequest, float]] = {}  # of requests that queue, and since when
         self.process.later(0.0, self._turn)
         self._requests_come()
+
+    @property
+    def processes(self) -> list[ProcessId]:
+        """All that say hello to the store."""
+        return [self.client.side, *(worker.side for worker in self.workers)]
 
     @property
     def at_rest(self) -> bool:
@@ -263,7 +269,7 @@ class SimEngine:
         """A request that queues keeps no lease for long."""
         now, before = self.world.clock.now, self._leases
         self._leases = {}
-        for lookup in self.connector._lookups.held_since(math.inf):
+        for lookup in self.connector._link.lookups.held_since(math.inf):
             request = cast(SimRequest, self.connector._tracked[lookup.request_id].request)
             self._leases[lookup.lease] = request, before[lookup.lease][1] if lookup.lease in before else now
         given_back = [request for lease, (request, _) in before.items() if lease not in self._leases]

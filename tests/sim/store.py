@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING
 from kvstrata.core.audit import audit
 from kvstrata.core.events import (
     Action,
-    ClientGone,
     ClientOpened,
-    ClientResumed,
-    ClientStopped,
     Event,
     GrowPool,
     GrowthFailed,
@@ -19,8 +16,8 @@ from kvstrata.core.events import (
     SegmentRegistered,
     Tick,
     Update,
-    WorkerDisconnected,
 )
+from kvstrata.core.lives import SCHEDULER, Lives, ProcessId
 from kvstrata.core.planner import Planner
 from tests.sim.clock import Process
 from tests.sim.memory import Memory, Range
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 
 TICK_S = 1.0
 AGAIN_S = 5.0  # until a segment that a worker could not map is offered again
-SCHEDULER = -1  # its rank on the side socket
 
 
 class SimStore(Process):
@@ -42,8 +38,7 @@ class SimStore(Process):
         self.world, self.planner, self.epoch = world, planner, epoch
         self.memory = Memory(world.wrong)
         self.engines: dict[str, SimEngine] = {}  # that have said hello
-        self._connections: dict[str, dict[int, bool]] = {}  # engine -> rank -> whether it is open
-        self.opened: set[str] = set()
+        self.lives = Lives()
         self._sent: set[tuple[str, int, int]] = set()  # engine, rank, segment
         self._tick()
 
@@ -98,59 +93,51 @@ class SimStore(Process):
 
     # --- side connections: in order, never lost ----------------------------------------------
 
-    def hello(self, engine: SimEngine, rank: int) -> None:
+    def hello(self, engine: SimEngine, process: ProcessId) -> None:
         """A process of an engine has connected, or is back after its connection broke."""
         self.engines[engine.name] = engine
-        self._sent = {sent for sent in self._sent if sent[:2] != (engine.name, rank)}
-        connections = self._connections.setdefault(engine.name, {})
-        connections[rank] = True
-        if all(connections.values()):
-            self.apply(ClientResumed(engine.name))
+        self._sent = {sent for sent in self._sent if ("worker", sent[1]) != process or sent[0] != engine.name}
+        self._apply_all(self.lives.arrived(engine.name, process))
         self.offer_segments()
 
-    def hears(self, name: str, rank: int) -> bool:
+    def hears(self, name: str, process: ProcessId) -> bool:
         """Whether that connection is open."""
-        return self._connections.get(name, {}).get(rank, False)
+        return self.lives.is_open(name, process)
 
-    def hang_up(self, name: str, rank: int) -> bool:
+    def hang_up(self, name: str, process: ProcessId) -> bool:
         """One connection breaks, its process lives. False: there is none."""
-        if not self._connections.get(name, {}).get(rank):
-            return False
-        self._end_connection(name, rank)
-        return True
+        events = self.lives.ended(name, process)
+        self._apply_all(events)
+        return bool(events)
 
-    def _end_connection(self, name: str, rank: int) -> None:
-        self._connections[name][rank] = False
-        self.apply(ClientStopped(name))
-        if rank != SCHEDULER:
-            self.apply(WorkerDisconnected(name, rank))
-
-    def disconnected(self, name: str) -> None:
+    def disconnected(self, engine: SimEngine) -> None:
         """All connections of an engine have ended."""
-        for rank, is_open in self._connections.get(name, {}).items():
-            if is_open:
-                self._end_connection(name, rank)
+        for process in engine.processes:
+            self._apply_all(self.lives.ended(engine.name, process))
 
-    def gone(self, name: str) -> None:
+    def gone(self, engine: SimEngine) -> None:
         """All processes of an engine have, and no device works for them any more."""
-        self.engines.pop(name, None)
-        self._connections.pop(name, None)
-        self.opened.discard(name)
-        self.apply(ClientGone(name))
+        if self.engines.pop(engine.name, None):
+            for process in engine.processes:
+                self._apply_all(self.lives.done(engine.name, process))
+
+    def _apply_all(self, events: list[Event]) -> None:
+        for event in events:
+            self.apply(event)
 
     def open(self, engine: SimEngine) -> bool:
         """Open comes after the hello: one that arrives when its sender is gone opens nothing."""
-        if not self._connections.get(engine.name, {}).get(SCHEDULER):
+        if not self.lives.is_open(engine.name, SCHEDULER):
             return False
         self.apply(ClientOpened(engine.name, engine.slot_sizes, len(engine.workers)))
-        self.opened.add(engine.name)
+        self.lives.open(engine.name)
         self.offer_segments()
         return True
 
     def offer_segments(self) -> None:
-        for name in sorted(self.opened & set(self.engines)):
+        for name in sorted(self.lives.opened):
             for worker in self.engines[name].workers:
-                if not self._connections[name].get(worker.rank):
+                if not self.lives.is_open(name, ("worker", worker.rank)):
                     continue
                 for segment in self.planner.slots.segments:
                     if (name, worker.rank, segment) not in self._sent:

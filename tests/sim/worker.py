@@ -45,6 +45,7 @@ class SimWorker(Process):
     def __init__(self, engine: SimEngine, rank: int, blocks: int) -> None:
         super().__init__(engine.world.clock)
         self.engine, self.rank = engine, rank
+        self.side = ("worker", rank)  # who it is on the side socket
         self.store: SimStore | None = None  # whose side socket it is connected to
         self.copy: Copy | None = None
         self.cache = DeviceCache(blocks)
@@ -74,7 +75,7 @@ class SimWorker(Process):
         if self.store is not store:
             self.side_broke()
             self.store = store
-            store.hello(self.engine, self.rank)
+            store.hello(self.engine, self.side)
         self.later(0.5, self._connect)
 
     def side_broke(self) -> None:

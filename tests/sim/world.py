@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+from kvstrata.connector import store_link
 from kvstrata.connector.vllm import scheduler
 from kvstrata.connector.vllm.scheduler import SchedulerConnector
 from kvstrata.core.catalogue import State
@@ -151,9 +152,9 @@ class World:
         store = self.store
         seconds = max([worker.kill() for worker in engine.workers])
         heard = self.random.uniform(0, seconds + 0.01)
-        self.clock.after(heard, lambda: store.run(lambda: store.disconnected(engine.name)))
+        self.clock.after(heard, lambda: store.run(lambda: store.disconnected(engine)))
         gone = max(heard, seconds + self.random.uniform(0, 0.05))
-        self.clock.after(gone, lambda: store.run(lambda: store.gone(engine.name)))
+        self.clock.after(gone, lambda: store.run(lambda: store.gone(engine)))
         if not self.quiet:
             self.clock.after(self.random.uniform(0, 2), self._start_engine)
 
@@ -181,7 +182,7 @@ class World:
             engine = self.random.choice(self.engines)
             ends: list[SimClient | SimWorker] = [engine.client, *engine.workers]
             end = self.random.choice(ends)
-            if self.store.hang_up(engine.name, end.rank):
+            if self.store.hang_up(engine.name, end.side):
                 end.side_broke()
 
     def _reset(self) -> None:
@@ -258,6 +259,9 @@ def replay(
 ) -> Run:
     """Run the host that `seed` describes. The same seed is the same run, event by event."""
     world = World(seed, planner, connector)
-    with patch.multiple(scheduler, time=world.clock, _USED_EVERY=2, _UNANSWERED_MAX=4):
+    with (
+        patch.multiple(scheduler, time=world.clock, _USED_EVERY=2),
+        patch.multiple(store_link, time=world.clock, _UNANSWERED_MAX=4),
+    ):
         world.run()
     return Run(seed, world.wrong, world.seen, world.trace)
