@@ -49,7 +49,7 @@ class Save:
     ranks_ended: int = 0
     failed: bool = False  # some rank could not write its part, or the cache was reset
     unpackable: bool = False  # some rank's part did not fit packed
-    flushed: bool = False  # its blocks were given away since it has read them
+    flushed: bool = False  # its blocks were given away since it has read them, or the cache was reset
     postponed_since: float | None = None  # monotonic seconds; None: it was not
 
     @property
@@ -156,9 +156,12 @@ class SaveBook:
         return [self.saves[job] for job in sorted(jobs)]
 
     def forget(self) -> list[Save]:
-        """The engine's cache is reset, its memory may go: what is being copied fails, others are returned."""
+        """The engine's cache is reset, its memory may go: what is being copied fails, others are returned.
+
+        Nothing of it is copied once more, either: the blocks may hold anything by then.
+        """
         for save in self.saves.values():
-            save.failed = True
+            save.failed = save.flushed = True
         return [save for save in self.saves.values() if save.stage is not Stage.COPYING]
 
     def of_other_stores(self, epoch: bytes | None) -> list[Save]:

@@ -6,6 +6,7 @@ mappings are kept by (store epoch, segment) and unmapped once nobody uses them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -134,13 +135,20 @@ class SideConnection:
     def close(self, bye: bool) -> None:
         """End the connection; `bye` promises that no copy of this process touches the pool any more."""
         try:
-            self._sock.setblocking(False)  # for a store that stands still the end of the process has to do
+            self._sock.setblocking(False)  # a store that stands still reads it later
             if bye:
+                self._make_room()
                 self.send({"bye": True})
-            self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             log.debug("the node store was gone before the bye")
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # for who waits for a message in another thread
         self._sock.close()
+
+    def _make_room(self) -> None:
+        """For the bye, behind questions that may fill the socket: without it claims would stay."""
+        room = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * room)
 
 
 def _welcome(message: dict[str, Any]) -> bytes:

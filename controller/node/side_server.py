@@ -208,6 +208,8 @@ class SideServer:
             hello = Hello.parse(message["hello"])
             if len(fds) != 1 or "Pid:" not in Path(f"/proc/self/fdinfo/{fds[0]}").read_text():
                 raise ValueError("a hello brings exactly one pidfd")
+            # First of all: who has given up waiting for it gets nothing, and leaves nothing here.
+            send_message(connection.sock, {"welcome": {"epoch": self._epoch.hex()}})
             connection.hello, connection.pidfd = hello, fds[0]
             name = hello.client, hello.process
             if earlier := self._connections.pop(name, None):
@@ -217,7 +219,6 @@ class SideServer:
             self._connections[name] = connection
             self._apply_all(self.lives.arrived(*name))
             asyncio.get_running_loop().add_reader(fds[0], self._done, connection)
-            send_message(connection.sock, {"welcome": {"epoch": self._epoch.hex()}})
             self.offer_segments()
         elif "registered" in message and (worker := connection.worker):
             self._apply(SegmentRegistered(worker.client, worker.rank, int(message["registered"])))

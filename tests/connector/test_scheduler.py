@@ -98,10 +98,12 @@ def step(side: SchedulerConnector, asked: Any = None) -> StepWork:
     return side.build_work(cast(Any, output))
 
 
-@pytest.mark.parametrize("copying", [False, True], ids=["wanted", "copying"])
-def test_nothing_is_kept_of_what_was_being_saved_at_a_reset(copying: bool) -> None:
+@pytest.mark.parametrize("stage", ["wanted", "copying", "copying what does not fit packed"])
+def test_nothing_is_kept_of_what_was_being_saved_at_a_reset(stage: str) -> None:
     """An engine that sleeps is reset first, and then its memory goes: a copy may find anything there."""
+    copying, fits = stage != "wanted", "not fit" not in stage
     client = Client()
+    client.slot_sizes = (4096, 8192)
     side = scheduler_side(client)
     asked = request()
     side.new_request(asked)
@@ -113,9 +115,9 @@ def test_nothing_is_kept_of_what_was_being_saved_at_a_reset(copying: bool) -> No
 
     side.reset()
     later = [save for _ in range(3) for save in step(side).saves]
-    side.work_done(WorkDone(saved={save.job: 1 for save in begun}))
-    step(side)
-    step(side)
+    unfit = set() if fits else {save.job for save in begun}
+    side.work_done(WorkDone(saved={save.job: 1 for save in begun}, unsaved=unfit, unpackable=unfit))
+    later += [save for _ in range(3) for save in step(side).saves]
     assert later == []
     assert client.said("committed") == []
     assert sorted(client.said("aborted")) == sorted(job for job, _, _ in client.said("reserve"))

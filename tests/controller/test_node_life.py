@@ -154,15 +154,20 @@ def test_an_engine_that_is_closed_in_its_first_moments_leaves_nothing(
     wait_for("all to be forgotten", lambda: shared_store.facts()["clients"] == [], SECONDS)
 
 
+@pytest.mark.parametrize(("questions", "keys"), [(1, 1), (32, 512)])
 def test_an_engine_that_is_closed_while_the_store_does_not_answer_leaves_nothing(
-    node_store: StartStore, engines: StartEngine
+    node_store: StartStore, engines: StartEngine, questions: int, keys: int
 ) -> None:
+    """Also where its questions fill the socket, so that nothing more fits in."""
     store = node_store(client={"call_deadline": 0.3})
     engine = engines(store.config, "cut off")
     engine.reserve(key(1))
     os.kill(store.pid, signal.SIGSTOP)
     try:
-        engine.client.post(engine.session(), Match("cut off", engine.client.next_seq(), 9, (key(1),)))
+        asked = tuple(key(1 + i) for i in range(keys))
+        for lease in range(questions):
+            question = Match("cut off", engine.client.next_seq(), 100 + lease, asked)
+            engine.client.post(engine.session(), question)
         assert engine.client.collect(PATIENCE_S) is not None
         engine.close()
     finally:
