@@ -112,6 +112,11 @@ class DeviceCache:
                 self._held[block][position % BLOCK_TOKENS] = content
                 self._versions[block] += 1
 
+    def lose(self) -> None:
+        """The memory went, and came back with anything in it."""
+        self._held = [[GARBAGE] * BLOCK_TOKENS for _ in self._held]
+        self._versions = [version + 1 for version in self._versions]
+
     def read(self, blocks: Iterable[int]) -> tuple[int, ...]:
         return tuple(content for block in blocks for content in self._held[block])
 

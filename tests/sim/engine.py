@@ -104,6 +104,7 @@ class SimEngine:
         self._aborts: deque[SimRequest] = deque()
         self._in_flight: deque[Step] = deque()
         self._asleep, self._blocked, self._reset_at_load = False, False, False
+        self.forsaken: set[int] = set()  # saves (jobs) that were under way when the memory went
         self._leases: dict[int, tuple[SimRequest, float]] = {}  # of requests that queue, and since when
         self.process.later(0.0, self._turn)
         self._requests_come()
@@ -241,7 +242,14 @@ class SimEngine:
         running_too = self.random.random() < 0.5
         loading = any(request.at is At.LOADING for request in self.scheduler.waiting)
         self.world.seen["reset_while_loading"] += loading and not running_too
-        self.scheduler.reset(running_too, self._new_weights)
+        if self.scheduler.reset(running_too, self._new_weights):
+            self._lose_memory()
+
+    def _lose_memory(self) -> None:
+        """As vLLM does it in its own process: an engine sleeps after a reset, whatever is being saved."""
+        self.forsaken.update(self.connector._link.saves.saves)
+        for worker in self.workers:
+            worker.cache.lose()
 
     def _new_weights(self) -> None:
         self.world.seen["new_weights"] += 1

@@ -95,16 +95,20 @@ class SimScheduler:
             self._let_go(request)
             del self.requests[request.request_id]
 
-    def reset(self, running_too: bool, new_weights: Callable[[], None]) -> None:
-        """vLLM's `reset_prefix_cache` with its connector, after the weights were changed."""
+    def reset(self, running_too: bool, new_weights: Callable[[], None]) -> bool:
+        """vLLM's `reset_prefix_cache` with its connector, after the weights were changed.
+
+        Returns whether nothing uses the blocks now.
+        """
         while running_too and self.running:
             self._preempt(drop_stale=True)
         if running_too and not self.pool.all_free:
-            return  # vLLM raises: a load is under way
+            return False  # vLLM raises: a load is under way
         if self.pool.all_free:
             self.pool.forget()
             new_weights()
         self.connector.reset()
+        return self.pool.all_free
 
     # --- a step is planned -------------------------------------------------------------------
 

@@ -210,6 +210,15 @@ class KeepsItsKeys(SchedulerConnector):
         self._identity.new_generation()
 
 
+class SavesAgainAfterAReset(StoreLink):
+    """What does not fit packed is copied once more, when its blocks may hold anything."""
+
+    def forget_saves(self) -> None:
+        super().forget_saves()
+        for save in self.saves.saves.values():
+            save.flushed = False
+
+
 class MissesTheRestart(StoreLink):
     """Another store is spoken to as if it were the one before."""
 
@@ -290,6 +299,7 @@ def test_a_planner_that_breaks_a_promise_is_caught(planner: type[Planner], sympt
         (CommitsWhatFailed, "commits"),
         (ForgetsNothing, "the key of another KV"),
         (KeepsItsKeys, "saved other bytes"),
+        (SavesAgainAfterAReset, "saved other bytes"),
         (MissesTheRestart, "does not come to rest"),
         (LosesUpdates, "still holds"),
         (GivesUpForGood, "computed in peace"),
