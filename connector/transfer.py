@@ -72,7 +72,7 @@ class Transfer:
         copies: carries jobs out, GIL released.
         threads: what each thread does.
         saves_at_once: a thread takes so many saves together.
-        flushes_itself: whether `flush` copies on the calling thread, or leaves it to those for saves.
+        flushes_itself: whether `flush` copies at once, beside the threads, or leaves it to those for saves.
     """
 
     def __init__(
@@ -121,7 +121,12 @@ class Transfer:
                 self._saves = first | self._saves
                 self._changed.notify_all()
         if first and self._flushes_itself:
-            self._run(list(first.values()))
+            # In a thread of its own: what nobody foresaw must end that one, not the engine's.
+            flushing = threading.Thread(
+                target=self._run, args=(list(first.values()),), name="kvstrata-flush", daemon=True
+            )
+            flushing.start()
+            flushing.join()
         with self._changed:
             while wanted & (self._unread | self._saves.keys()):
                 self._changed.wait()
