@@ -331,3 +331,23 @@ def test_an_answer_that_cannot_be_sent_later_either_ends_the_connection(
     asyncio.run(asyncio.wait_for(run(), 10))
     assert errors == []
     assert events == [ClientResumed(NAME), ClientStopped(NAME)]
+
+
+def test_who_has_given_up_waiting_for_a_welcome_leaves_nothing(path: Path) -> None:
+    """As an engine that is closed while the store stands still."""
+
+    async def scenario() -> None:
+        events: list[Event] = []
+        async with serving(path, events, []) as server:
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            given_up = Process(path)
+            given_up.sock.close()  # before the store has read its hello
+            await asyncio.sleep(0.1)
+            assert len(list(Path("/proc/self/fd").iterdir())) == before
+            assert events == []
+            process = Process(path)
+            assert "welcome" in await process.next()
+            assert server.lives.is_open(NAME, ("worker", 0))
+            process.sock.close()
+
+    run(scenario())
