@@ -24,6 +24,16 @@ REPO = Path(__file__).resolve().parent.parent
 _START_S = 30.0
 
 
+def smollm2(named: Path | None) -> Path:
+    """The model's folder: the one that was named, or SmolLM2, made in this checkout if it is not there."""
+    folder = named or REPO / ".cache" / "models" / "smollm2"
+    if named is None:
+        subprocess.run([sys.executable, REPO / "scripts" / "models.py", "smollm2", folder], check=True)
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"{folder} holds no model: name a folder with config.json, weights and tokenizer")
+    return folder
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A running node store that nobody else knows of."""

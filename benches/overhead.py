@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import REPO, Node, keep, node_store, parser
+from common import Node, keep, node_store, parser, smollm2
 
 from kvstrata.controller.cli_node import stats
 from kvstrata.controller.demo.client import is_healthy
@@ -207,8 +207,9 @@ def main() -> None:
     options = parser(__doc__, "overhead")
     options.add_argument("--rounds", type=int, default=ROUNDS)
     options.add_argument("--pairs", type=int, default=PAIRS, help="of a round")
-    options.add_argument("--model", type=Path, default=REPO / ".cache" / "models" / "smollm2")
+    options.add_argument("--model", type=Path, help="a folder (SmolLM2, made if it is not there)")
     chosen = options.parse_args()
+    model = smollm2(chosen.model)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("overhead: two cores are needed, one for the engines and one for the node store")
@@ -230,7 +231,7 @@ def main() -> None:
         for number in range(chosen.rounds):
             print(f"round {number + 1} of {chosen.rounds}", file=sys.stderr)
             order = list(PORTS) if number % 2 else list(PORTS)[::-1]
-            with servers(chosen.model, node, cores[0], order):
+            with servers(model, node, cores[0], order):
                 ttft.append(pairs("ttft", ttft_s, fresh_prompt, chosen.pairs))
                 batch.append(pairs("batches", tokens_per_s, fresh_batch, chosen.pairs))
         counters = check_work(node, chosen.rounds * chosen.pairs)

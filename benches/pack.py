@@ -16,7 +16,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from common import REPO, Node, keep, node_store, parser
+from common import Node, keep, node_store, parser, smollm2
 
 from kvstrata.controller.cli_node import stats
 from kvstrata.controller.results import Figure
@@ -89,11 +89,12 @@ def stored(node: Node) -> dict[int, int]:
 
 def main() -> None:
     options = parser(__doc__, "pack")
-    options.add_argument("--model", type=Path, default=REPO / ".cache" / "models" / "smollm2")
+    options.add_argument("--model", type=Path, help="a folder (SmolLM2, made if it is not there)")
     chosen = options.parse_args()
-    packed, raw = slot_sizes(chosen.model)
+    model = smollm2(chosen.model)
+    packed, raw = slot_sizes(model)
     with node_store(POOL_BYTES) as node:
-        chunks = serve(chosen.model, node)
+        chunks = serve(model, node)
     total = sum(chunks.values())
     figures = [
         Figure("pack.ratio_real_kv", round(total * raw / sum(size * n for size, n in chunks.items()), 4)),
