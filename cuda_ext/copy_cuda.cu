@@ -30,7 +30,7 @@ struct Plan {
     std::vector<uint8_t> before_key, after_key;
     int64_t at_once = 1;  // chunks that move together
     kvs_plane* planes = nullptr;  // in device memory, as the next
-    int32_t* first_of = nullptr;
+    kvs::Member* members = nullptr;
 };
 
 struct Slab {
@@ -91,10 +91,11 @@ double now_s() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Shared memory for a sub-block of so many bytes, in whole vectors; 0 if there is not as much.
-int32_t room_for(const kvs_pipe& pipe, int64_t nbytes) {
-    const int64_t room = (nbytes + 15) / 16 * 16;
-    return room <= pipe.shared_max ? static_cast<int32_t>(room) : 0;
+// Bytes of shared memory for a thread block: as many as the fast way needs, if there are so many.
+int32_t room_for(const kvs_pipe& pipe, const Piece& piece, bool load) {
+    const int64_t rows = 8 * int64_t{pipe.shape.chunk_tokens};
+    const int64_t fast = load ? (piece.stored_bytes + 15) / 16 * 16 + rows : piece.packing_fast;
+    return static_cast<int32_t>(fast <= pipe.shared_max ? fast : load ? 0 : piece.packing_least);
 }
 
 // Some consecutive chunks of one plan that move together.
@@ -120,18 +121,18 @@ bool begins_right(const Batch& batch, int64_t i) {
 
 int64_t stride_of(const Piece& piece) { return (piece.end() - piece.offset() + 15) / 16 * 16; }
 
-Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch) {
+Job job_of(const kvs_pipe& pipe, const Piece& piece, const Slab& slab, const Batch& batch, bool load) {
     const int64_t blocks = pipe.shape.chunk_tokens / pipe.shape.block_tokens;
     Job job = {};
     job.planes = batch.plan.planes + piece.first_plane;
-    job.first_of = batch.plan.first_of + piece.first_plane;
-    job.n_planes = piece.planes;
-    job.sub_blocks = piece.sub_blocks;
+    job.members = batch.plan.members + piece.first_sub_block;
+    job.sub_blocks = static_cast<int32_t>(piece.sub_blocks);
     job.block_tokens = pipe.shape.block_tokens;
     job.chunk_tokens = pipe.shape.chunk_tokens;
     job.data = slab.data;
     job.stride = stride_of(piece);
     job.slot_offset = piece.offset();
+    job.room = room_for(pipe, piece, load);
     for (int64_t i = 0; i < batch.count; ++i) {
         job.chunks[i].checksums = reinterpret_cast<uint64_t*>(batch.slot(i) + pipe.shape.checksum_offset);
         job.chunks[i].flag = batch.flags + i;
@@ -195,12 +196,12 @@ int copy_runs(const Piece& piece, const Slab& slab, const Batch& batch, bool loa
 
 // Some sub-blocks at a time, one launch after the other: so a good part of the device's multiprocessors
 // is the engine's at any time, and a link that takes ten times as long as the kernels is kept busy all the same.
-int launch(Launcher& kernel, const kvs_pipe& pipe, const Piece& piece, int64_t chunks, int64_t shared_bytes, Job& job) {
+int launch(Launcher& kernel, const kvs_pipe& pipe, const Piece& piece, int64_t chunks, Job& job) {
     const auto all = static_cast<int32_t>(piece.sub_blocks * chunks);
     const auto most = static_cast<int32_t>(std::max<int64_t>(1, BYTES_OF_LAUNCH / piece.stored_bytes));
     void* arguments[] = {&job};
     kernel.call.kernelParams = arguments;  // read at once, what was launched before keeps its own
-    kernel.call.sharedMemBytes = static_cast<unsigned>(shared_bytes);
+    kernel.call.sharedMemBytes = static_cast<unsigned>(job.room);
     for (job.first = 0; job.first < all; job.first += most) {
         kernel.call.gridDim.x = static_cast<unsigned>(std::min(most, all - job.first));
         KVS_TRY(cudaGraphExecKernelNodeSetParams(kernel.ready, kernel.node, &kernel.call));
@@ -233,9 +234,8 @@ int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch, bool ahea
     if (const int error = copy_runs(piece, *slab, batch, true)) return error;
     KVS_TRY(cudaEventRecord(slab->filled, slab->copies));
     KVS_TRY(cudaStreamWaitEvent(pipe.kernels, slab->filled, 0));
-    Job job = job_of(pipe, piece, *slab, batch);
-    job.room = room_for(pipe, piece.stored_bytes);
-    if (const int error = launch(pipe.scatter, pipe, piece, batch.count, job.room, job)) return error;
+    Job job = job_of(pipe, piece, *slab, batch, true);
+    if (const int error = launch(pipe.scatter, pipe, piece, batch.count, job)) return error;
     KVS_TRY(cudaEventRecord(slab->free, pipe.kernels));
     return 0;
 }
@@ -243,8 +243,8 @@ int load_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch, bool ahea
 int save_piece(kvs_pipe& pipe, const Piece& piece, const Batch& batch) {
     Slab* slab;
     if (const int error = take_slab(pipe, false, &slab)) return error;
-    Job job = job_of(pipe, piece, *slab, batch);
-    if (const int error = launch(pipe.gather, pipe, piece, batch.count, piece.tables_bytes, job)) return error;
+    Job job = job_of(pipe, piece, *slab, batch, false);
+    if (const int error = launch(pipe.gather, pipe, piece, batch.count, job)) return error;
     KVS_TRY(cudaEventRecord(slab->filled, pipe.kernels));
     KVS_TRY(cudaStreamWaitEvent(slab->copies, slab->filled, 0));
     if (const int error = copy_runs(piece, *slab, batch, false)) return error;
@@ -312,9 +312,8 @@ void end_ticket(kvs_ticket* ticket) {
 }
 
 int make_plan(const kvs_pipe_shape& shape, const kvs_plan& given, Plan* plan) {
-    std::vector<int32_t> first_of;
-    plan->pieces = kvs::cut_evenly(given.planes, given.n_planes, shape.chunk_tokens,
-                                   shape.staging_bytes / SLABS, &first_of);
+    plan->pieces = kvs::cut_evenly(given.planes, given.n_planes, shape.chunk_tokens, shape.staging_bytes / SLABS);
+    const std::vector<kvs::Member> members = kvs::members_of(plan->pieces, given.planes);
     plan->before_key.assign(given.before_key, given.before_key + given.before_bytes);
     plan->after_key.assign(given.after_key, given.after_key + given.after_bytes);
     if (plan->pieces.size() == 1) {
@@ -323,11 +322,11 @@ int make_plan(const kvs_pipe_shape& shape, const kvs_plan& given, Plan* plan) {
         plan->at_once = std::max<int64_t>(1, std::min<int64_t>({of_slab, of_ids, CHUNKS_AT_ONCE}));
     }
     const size_t planes = static_cast<size_t>(given.n_planes) * sizeof(kvs_plane);
-    const size_t firsts = first_of.size() * sizeof(int32_t);
+    const size_t of_members = members.size() * sizeof(kvs::Member);
     KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&plan->planes), planes));
     KVS_TRY(cudaMemcpy(plan->planes, given.planes, planes, cudaMemcpyHostToDevice));
-    KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&plan->first_of), firsts));
-    KVS_TRY(cudaMemcpy(plan->first_of, first_of.data(), firsts, cudaMemcpyHostToDevice));
+    KVS_TRY(cudaMalloc(reinterpret_cast<void**>(&plan->members), of_members));
+    KVS_TRY(cudaMemcpy(plan->members, members.data(), of_members, cudaMemcpyHostToDevice));
     return 0;
 }
 
@@ -392,7 +391,7 @@ void kvs_pipe_close(kvs_pipe* pipe) noexcept {
     for (kvs_ticket* ticket : pipe->tickets) end_ticket(ticket);
     for (const Plan& plan : pipe->plans) {
         cudaFree(plan.planes);
-        cudaFree(plan.first_of);
+        cudaFree(plan.members);
     }
     end_launcher(pipe->gather);
     end_launcher(pipe->scatter);

@@ -60,7 +60,7 @@ __device__ uint64_t gather_raw(const Job& job, const SubBlock& sub, int32_t nbyt
 
 // --- kernels ---------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) gather_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) gather_kernel(const __grid_constant__ Job job) {
     const SubBlock sub = sub_block_of(job, job.first + blockIdx.x);
     const int32_t items = job.chunk_tokens * sub.plane.dim;
     const kvs::Packed shape = {items, sub.plane.dim};
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) gather_kernel(const _
     else *sub.chunk->flag = sub.index;  // whoever gathers this chunk must not store it
 }
 
-__global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) scatter_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) scatter_kernel(const __grid_constant__ Job job) {
     SubBlock sub = sub_block_of(job, job.first + blockIdx.x);
     const int32_t items = job.chunk_tokens * sub.plane.dim;
     const bool packed = sub.plane.codec == KVS_PACKED;
@@ -82,14 +82,17 @@ __global__ void __launch_bounds__(THREADS, KVS_MIN_BLOCKS) scatter_kernel(const 
         packed ? kvs::Packed{items, sub.plane.dim}.nbytes() : int64_t{items} * sub.plane.item_bytes;
     __shared__ uint64_t stored;
     if (threadIdx.x == 0) stored = sub.chunk->checksums[sub.index];  // over PCIe: once, while the others add up
-    const bool keep = nbytes <= job.room;
+    const int64_t rows_at = (nbytes + 15) / 16 * 16;
+    const bool keep = rows_at + 8 * job.chunk_tokens <= job.room;
+    auto** rows = keep ? reinterpret_cast<uint8_t**>(shared_bytes() + rows_at) : nullptr;
+    if (keep) find_rows(job, sub, rows);
     const uint64_t sum = sum_of(sub.data, nbytes, keep);
     if (stored != kvs::finish(sum, nbytes, sub.chunk->seed + static_cast<uint64_t>(sub.index))) {
         if (threadIdx.x == 0) *sub.chunk->flag = sub.index;
         return;
     }
-    if (keep) sub.data = reinterpret_cast<uint8_t*>(shared);
-    if (packed) unpack(job, sub);
+    if (keep) sub.data = shared_bytes();
+    if (packed) unpack(job, sub, rows);
     else copy_raw(job, sub, false);
 }
 

@@ -1,34 +1,50 @@
 // Packing and unpacking of one sub-block by one thread block (pack.h has the bytes).
 //
-// Two ways to the same bits: `..._rows` where every thread sees the same channels in all its groups and
-// whole vectors lie in rows, which is what engines have, two elements a register; and one for any strides.
+// Two ways to the same bits: `..._rows` where rows are whole vectors and shared memory has room for all
+// elements, which is what engines have, two elements a register; and one for any strides.
+//
+// Loops are not unrolled: a kernel this short waits for its own code to be fetched. Straight, the same
+// arithmetic took twice as long.
 #ifndef KVSTRATA_PACK_KERNELS_CUH
 #define KVSTRATA_PACK_KERNELS_CUH
+
+#include <cuda_pipeline.h>
 
 #include "sub_blocks.cuh"
 
 namespace {
 
-// A thread's groups in registers: a sub-block of 256 tokens x 128 channels, or smaller.
-constexpr int HELD = 32768 / (THREADS * GROUP);
-constexpr int WORDS = GROUP / 2;
-constexpr uint32_t BYTES = 0x00FF00FF;  // the low byte of both halves of a word
+constexpr int VECTOR = 8;  // elements
+constexpr int WORDS = VECTOR / 2;
+// In a word of two elements: their exponents, the exponent 1, the code of an escape; what leaves 8 bits.
+constexpr uint32_t EXPONENTS = 0x7F807F80, ONE = 0x00800080, ESCAPES = 0x07800780;
+constexpr uint32_t MANTISSAS = 0x007F007F;
 
 struct Tables {  // in shared memory
     int* bases;
     uint32_t* escapes;
+    uint32_t* in_order;
     uint32_t* count;
     uint32_t most;
 };
 
-// Whether the fast way can be taken: a row is 1, 2, 4 ... 32 lanes.
-__device__ bool rows_are_lanes(const Job& job, const SubBlock& sub) {
-    const int32_t lanes = sub.plane.dim / GROUP;
-    return rows_are_vectors(sub.plane, 32) && lanes <= 32 && (lanes & (lanes - 1)) == 0 &&
-           job.chunk_tokens * sub.plane.dim % (2 * GROUP) == 0;
-}
+// How threads share the vectors of a sub-block: `threads` of them take every so many, each always the same
+// channels of a row; an even number, so that neighbours have a whole word of codes between them.
+struct Turns {
+    int32_t vectors, in_row, threads, first;  // `first`: this thread's; not below `vectors` if it takes no part
 
-__device__ uint32_t exponents_of(uint32_t two) { return two >> 7 & BYTES; }
+    __device__ Turns(const kvs::Packed& shape)
+        : vectors(static_cast<int32_t>(shape.elements / VECTOR)),
+          in_row(static_cast<int32_t>(shape.dim / VECTOR)),
+          threads(THREADS / (2 * in_row) * (2 * in_row)),
+          first(static_cast<int32_t>(threadIdx.x) < threads ? static_cast<int32_t>(threadIdx.x) : vectors) {}
+    __device__ int32_t column() const { return first % in_row; }
+};
+
+// Whether the fast ways can be taken, given room.
+__device__ bool rows_are_turns(const SubBlock& sub, const kvs::Packed& shape) {
+    return rows_are_vectors(sub.plane, 16) && shape.elements % (2 * VECTOR) == 0 && shape.dim <= THREADS * VECTOR / 2;
+}
 
 __device__ void note_escape(const Tables& tables, int32_t element, uint32_t exponent) {
     const uint32_t place = atomicAdd(tables.count, 1u);
@@ -37,87 +53,115 @@ __device__ void note_escape(const Tables& tables, int32_t element, uint32_t expo
 
 // --- packing, fast -------------------------------------------------------------------------------
 
-// The largest ordinary exponents of this thread's channels, over the whole sub-block.
-__device__ void find_bases_rows(const Group* groups, int32_t dim, int* bases) {
-    uint32_t largest[WORDS] = {};
-#pragma unroll
-    for (int k = 0; k < HELD; ++k) {
-#pragma unroll
-        for (int w = 0; w < WORDS; ++w) {
-            const uint32_t exponents = exponents_of(groups[k].words[w]);
-            largest[w] = __vmaxu2(largest[w], exponents & ~__vcmpeq2(exponents, BYTES));
-        }
+// Fetches all elements, each vector for the thread that will ask for it.
+__device__ void fetch_rows(const Turns& turns, uint8_t* const* rows, uint4* held) {
+    const int32_t offset = turns.column() * 16, tokens = turns.threads / turns.in_row;
+    int32_t token = turns.first / turns.in_row;
+#pragma unroll 2
+    for (int32_t v = turns.first; v < turns.vectors; v += turns.threads, token += tokens) {
+        __pipeline_memcpy_async(held + v, rows[token] + offset, 16);
     }
-    const int32_t lanes = dim / GROUP, lane = threadIdx.x % 32;
-    for (int32_t step = lanes; step < 32; step *= 2) {
-#pragma unroll
-        for (int w = 0; w < WORDS; ++w) {
-            largest[w] = __vmaxu2(largest[w], __shfl_xor_sync(0xFFFFFFFFu, largest[w], step));
-        }
-    }
-    if (lane < lanes) {
-#pragma unroll
-        for (int w = 0; w < WORDS; ++w) {
-            atomicMax(&bases[lane * GROUP + 2 * w], static_cast<int>(largest[w] & 0xFFFF));
-            atomicMax(&bases[lane * GROUP + 2 * w + 1], static_cast<int>(largest[w] >> 16));
-        }
-    }
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
 }
 
-// Packs one group; returns its share of the checksum.
-__device__ uint64_t pack_group_rows(const SubBlock& sub, const Group& group, int32_t first, int64_t codes_at,
-                                    const uint32_t* bases, const Tables& tables) {
-    uint32_t rest[WORDS / 2], codes[2] = {}, escaped = 0;
+// The bases of all channels: in `tables`, and at `largest` as words of two. Returns whether this thread has
+// met an Inf or a NaN, whose exponent is no base.
+__device__ bool find_bases_rows(const Turns& turns, const uint4* held, uint4* largest, const Tables& tables) {
+    uint32_t most[WORDS] = {}, special = 0;
+#pragma unroll 1
+    for (int32_t v = turns.first; v < turns.vectors; v += turns.threads) {
+        const uint32_t words[WORDS] = {held[v].x, held[v].y, held[v].z, held[v].w};
 #pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-        const uint32_t two = group.words[w];
-        const uint32_t apart = (two >> 8 & 0x00800080) | (two & 0x007F007F);
-        const uint32_t code = __vminu2(__vsub2(bases[w], exponents_of(two)), 0x000F000F);
-        escaped |= __vcmpeq2(code, 0x000F000F);
-        codes[w / 4] |= ((code & 15) | (code >> 12 & 0xF0)) << (8 * (w % 4));
-        rest[w / 2] = w % 2 == 0 ? apart : __byte_perm(rest[w / 2], apart, 0x6420);
-    }
-    if (escaped != 0) {
-#pragma unroll
-        for (int i = 0; i < GROUP; ++i) {
-            const int exponent = kvs::exponent_of(group.words[i / 2] >> (16 * (i % 2)) & 0xFFFF);
-            const int base = bases[i / 2] >> (16 * (i % 2)) & 0xFF;
-            if (kvs::code_of(base, exponent) == kvs::ESCAPE) note_escape(tables, first + i, exponent);
+        for (int w = 0; w < WORDS; ++w) {
+            const uint32_t next = (words[w] & EXPONENTS) + ONE;  // of a special one, the sign's bit alone
+            special |= next & ~EXPONENTS;
+            most[w] = __vmaxu2(most[w], next & EXPONENTS);
         }
     }
-    const uint4 rests = {rest[0], rest[1], rest[2], rest[3]};
-    const uint64_t packed_codes = uint64_t{codes[1]} << 32 | codes[0];
-    *reinterpret_cast<uint4*>(sub.data + first) = rests;
-    *reinterpret_cast<uint64_t*>(sub.data + codes_at + first / 2) = packed_codes;
-    return vector_term(rests, first / GROUP) + word_term(packed_codes, (codes_at + first / 2) / 8);
+    largest[threadIdx.x] = {most[0], most[1], most[2], most[3]};
+    __syncthreads();
+    auto* column = reinterpret_cast<uint32_t*>(largest);
+    const int32_t words = turns.in_row * WORDS, all = turns.threads * WORDS;
+    for (int32_t i = threadIdx.x; i < words; i += THREADS) {
+        uint32_t next = ONE;
+#pragma unroll 4
+        for (int32_t at = i; at < all; at += words) next = __vmaxu2(next, column[at]);
+        const uint32_t bases = next - ONE;
+        column[i] = bases;  // read by nobody else yet
+        tables.bases[2 * i] = bases >> 7 & 0xFF;
+        tables.bases[2 * i + 1] = bases >> 23;
+    }
+    __syncthreads();
+    return special != 0;
 }
 
-__device__ uint64_t pack_rows(const Job& job, const SubBlock& sub, const kvs::Packed& shape, const Tables& tables) {
-    const auto elements = static_cast<int32_t>(shape.elements);
-    const int32_t dim = sub.plane.dim;
-    Group groups[HELD];
-#pragma unroll
-    for (int k = 0; k < HELD; ++k) {
-        const int32_t first = (k * THREADS + static_cast<int32_t>(threadIdx.x)) * GROUP;
-        if (first < elements) groups[k] = load_group(job, sub, first, true);
-        else groups[k].vectors[0] = groups[k].vectors[1] = {};
+// The codes of a vector, and a note of what escapes.
+__device__ uint32_t codes_with_escapes(const uint4* held, int32_t vector, int32_t channel, const Tables& tables) {
+    const auto* items = reinterpret_cast<const uint16_t*>(held + vector);
+    uint32_t codes = 0;
+#pragma unroll 1
+    for (int i = 0; i < VECTOR; ++i) {
+        const int exponent = kvs::exponent_of(items[i]);
+        const int code = kvs::code_of(tables.bases[channel + i], exponent);
+        if (code == kvs::ESCAPE) note_escape(tables, vector * VECTOR + i, exponent);
+        codes |= static_cast<uint32_t>(code) << (4 * i);
     }
-    for (int32_t d = threadIdx.x; d < dim; d += THREADS) tables.bases[d] = 0;
-    __syncthreads();
-    find_bases_rows(groups, dim, tables.bases);
-    __syncthreads();
-    const int32_t channel = static_cast<int32_t>(threadIdx.x) * GROUP % dim;
-    uint32_t bases[WORDS];
+    return codes;
+}
+
+// Of a vector, sign and mantissa of each element; and the codes, if nothing escapes.
+__device__ bool pack_vector(const uint4& held, const uint4& base, uint2* rests, uint32_t* codes) {
+    const uint32_t words[WORDS] = {held.x, held.y, held.z, held.w}, bases[WORDS] = {base.x, base.y, base.z, base.w};
+    uint32_t apart[WORDS], code[WORDS], most = 0;
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
-        bases[w] = static_cast<uint32_t>(tables.bases[channel + 2 * w + 1]) << 16 |
-                   static_cast<uint32_t>(tables.bases[channel + 2 * w]);
+        apart[w] = (words[w] >> 8 & ~MANTISSAS) | (words[w] & MANTISSAS);  // in bytes 0 and 2
+        code[w] = __vminu2(bases[w] - (words[w] & EXPONENTS), ESCAPES);
+        most = __vmaxu2(most, code[w]);
     }
+    *rests = {__byte_perm(apart[0], apart[1], 0x6420), __byte_perm(apart[2], apart[3], 0x6420)};
+    uint32_t four[2];  // elements' codes, in the low half
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t both = (code[2 * i] >> 7) + (code[2 * i + 1] << 1);  // in nibbles 0, 4 and 2, 6
+        four[i] = both | both >> 12;
+    }
+    *codes = __byte_perm(four[0], four[1], 0x5410);
+    return ((most + ONE) & 0x08000800) == 0;
+}
+
+__device__ uint64_t pack_rows(const Job& job, const SubBlock& sub, const kvs::PackingRoom& room,
+                              const Tables& tables) {
+    const kvs::Packed shape = room.shape();
+    const Turns turns(shape);
+    auto* held = reinterpret_cast<uint4*>(shared_bytes() + room.elements());
+    auto* largest = reinterpret_cast<uint4*>(shared_bytes() + room.largest());
+    auto** rows = reinterpret_cast<uint8_t**>(shared_bytes() + room.rows());
+    find_rows(job, sub, rows);
+    __syncthreads();
+    fetch_rows(turns, rows, held);
+    const bool special = find_bases_rows(turns, held, largest, tables);
+    const uint4 bases = largest[turns.column()];
+    const auto codes_at = static_cast<uint32_t>(shape.codes() / 8);  // in words of the checksum
     uint64_t share = 0;
-#pragma unroll
-    for (int k = 0; k < HELD; ++k) {
-        const int32_t first = (k * THREADS + static_cast<int32_t>(threadIdx.x)) * GROUP;
-        if (first < elements) share += pack_group_rows(sub, groups[k], first, shape.codes(), bases, tables);
+#pragma unroll 1
+    for (int32_t begin = 0, v = turns.first; begin < turns.vectors; begin += turns.threads, v += turns.threads) {
+        uint32_t codes = 0;
+        if (v < turns.vectors) {
+            uint2 rests;
+            if (!pack_vector(held[v], bases, &rests, &codes) || special) {
+                codes = codes_with_escapes(held, v, turns.column() * VECTOR, tables);
+            }
+            reinterpret_cast<uint2*>(sub.data)[v] = rests;
+            share += word_term(uint64_t{rests.y} << 32 | rests.x, v);
+        }
+        const uint64_t word = uint64_t{__shfl_down_sync(0xFFFFFFFFu, codes, 1)} << 32 | codes;
+        if (v < turns.vectors && v % 2 == 0) {
+            const uint32_t index = codes_at + v / 2;
+            reinterpret_cast<uint64_t*>(sub.data)[index] = word;
+            share += word_term(word, index);
+        }
     }
     return share;
 }
@@ -169,25 +213,29 @@ __device__ uint64_t pack_any(const Job& job, const SubBlock& sub, const kvs::Pac
 // The bases and the escapes, in the order of their positions whatever order threads found them in.
 __device__ uint64_t pack_tables(const SubBlock& sub, const kvs::Packed& shape, const Tables& tables) {
     const uint32_t count = *tables.count;
-    for (int64_t d = threadIdx.x; d < (shape.dim + 7) / 8 * 8; d += THREADS) {
-        sub.data[shape.bases() + d] = static_cast<uint8_t>(d < shape.dim ? tables.bases[d] : 0);
-    }
-    auto* table = reinterpret_cast<uint32_t*>(sub.data + shape.escapes());
-    const int64_t words = (shape.nbytes() - shape.escapes()) / 4;
-    for (int64_t i = threadIdx.x; i < words; i += THREADS) {
-        if (i == 0) table[0] = count;
-        else if (i > count) table[i] = 0;
-    }
     for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
         uint32_t before = 0;
         for (uint32_t j = 0; j < count; ++j) before += tables.escapes[j] < tables.escapes[i];
-        table[1 + before] = tables.escapes[i];
+        tables.in_order[before] = tables.escapes[i];
     }
     __syncthreads();
     uint64_t share = 0;
-    const auto* from = reinterpret_cast<const uint64_t*>(sub.data);
-    for (int64_t i = shape.bases() / 8 + threadIdx.x; i < shape.nbytes() / 8; i += THREADS) {
-        share += word_term(from[i], i);
+    const auto bases = static_cast<uint32_t>(shape.bases() / 8), escapes = static_cast<uint32_t>(shape.escapes() / 8);
+    for (uint32_t at = bases + threadIdx.x; at < shape.nbytes() / 8; at += THREADS) {
+        uint64_t word = 0;
+        if (at < escapes) {
+            const auto channel = (at - bases) * 8;
+            for (int i = 0; i < 8 && channel + i < shape.dim; ++i) {
+                word |= uint64_t{static_cast<uint8_t>(tables.bases[channel + i])} << (8 * i);
+            }
+        } else {
+            const uint32_t entry = 2 * (at - escapes);  // entry 0 is the count
+            if (entry == 0) word = count;
+            else if (entry <= count) word = tables.in_order[entry - 1];
+            if (entry + 1 <= count) word |= uint64_t{tables.in_order[entry]} << 32;
+        }
+        reinterpret_cast<uint64_t*>(sub.data)[at] = word;
+        share += word_term(word, at);
     }
     return share;
 }
@@ -196,13 +244,15 @@ __device__ uint64_t pack_tables(const SubBlock& sub, const kvs::Packed& shape, c
 __device__ uint64_t gather_packed(const Job& job, const SubBlock& sub, const kvs::Packed& shape, bool* fits) {
     __shared__ uint32_t count;
     if (threadIdx.x == 0) count = 0;
+    const kvs::PackingRoom room = {job.chunk_tokens, sub.plane.dim};
     Tables tables;
-    tables.bases = reinterpret_cast<int*>(shared);
-    tables.escapes = reinterpret_cast<uint32_t*>(tables.bases + shape.dim);
+    tables.bases = reinterpret_cast<int*>(shared_bytes() + room.bases());
+    tables.escapes = reinterpret_cast<uint32_t*>(shared_bytes() + room.escapes());
+    tables.in_order = reinterpret_cast<uint32_t*>(shared_bytes() + room.in_order());
     tables.count = &count;
     tables.most = static_cast<uint32_t>(shape.escapes_max());
-    const bool fast = shape.elements <= HELD * THREADS * GROUP && rows_are_lanes(job, sub);
-    uint64_t share = fast ? pack_rows(job, sub, shape, tables) : pack_any(job, sub, shape, tables);
+    const bool fast = room.fast() <= job.room && rows_are_turns(sub, shape);
+    uint64_t share = fast ? pack_rows(job, sub, room, tables) : pack_any(job, sub, shape, tables);
     __syncthreads();
     *fits = count <= tables.most;
     if (!*fits) return 0;
@@ -212,26 +262,31 @@ __device__ uint64_t gather_packed(const Job& job, const SubBlock& sub, const kvs
 
 // --- unpacking -----------------------------------------------------------------------------------
 
-__device__ void unpack_rows(const Job& job, const SubBlock& sub, const kvs::Packed& shape) {
-    const auto elements = static_cast<int32_t>(shape.elements);
-    const int32_t channel = static_cast<int32_t>(threadIdx.x) * GROUP % sub.plane.dim;
-    const uint8_t* base = sub.data + shape.bases() + channel;
-    uint32_t bases[WORDS];
+// The sub-block lies in shared memory.
+__device__ void unpack_rows(const SubBlock& sub, const kvs::Packed& shape, uint8_t* const* rows) {
+    const Turns turns(shape);
+    const int32_t column = turns.column(), tokens = turns.threads / turns.in_row;
+    const uint8_t* base = sub.data + shape.bases() + column * VECTOR;
+    const auto* rest = reinterpret_cast<const uint2*>(sub.data);
+    const auto* codes = reinterpret_cast<const uint32_t*>(sub.data + shape.codes());
+    uint32_t bases[WORDS];  // with a bit above each, from which may be borrowed
 #pragma unroll
-    for (int w = 0; w < WORDS; ++w) bases[w] = uint32_t{base[2 * w + 1]} << 16 | base[2 * w];
-    for (int32_t first = threadIdx.x * GROUP; first < elements; first += THREADS * GROUP) {
-        const uint4 rests = *reinterpret_cast<const uint4*>(sub.data + first);
-        const uint2 codes = *reinterpret_cast<const uint2*>(sub.data + shape.codes() + first / 2);
-        const uint32_t rest[] = {rests.x, rests.y, rests.z, rests.w}, code[] = {codes.x, codes.y};
-        Group group;
+    for (int w = 0; w < WORDS; ++w) bases[w] = 0x80008000 | uint32_t{base[2 * w + 1]} << 23 | uint32_t{base[2 * w]} << 7;
+    int32_t token = turns.first / turns.in_row;
+#pragma unroll 1
+    for (int32_t v = turns.first; v < turns.vectors; v += turns.threads, token += tokens) {
+        const uint2 rests = rest[v];
+        const uint32_t even = codes[v], odd = even >> 4;
+        uint32_t words[WORDS];
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
-            const uint32_t apart = __byte_perm(rest[w / 2], 0, w % 2 == 0 ? 0x4140 : 0x4342);
-            const uint32_t both = code[w / 4] >> (8 * (w % 4)) & 0xFF;
-            const uint32_t exponents = __vsub2(bases[w], (both & 15) | (both & 0xF0) << 12) & BYTES;
-            group.words[w] = (apart & 0x00800080) << 8 | exponents << 7 | (apart & 0x007F007F);
+            const uint32_t apart = __byte_perm(w < 2 ? rests.x : rests.y, 0, w % 2 == 0 ? 0x1100 : 0x3322);
+            const uint32_t code = __byte_perm(even, odd, w | (4 + w) << 8) & 0x000F000F;
+            words[w] = (bases[w] - (code << 7) & EXPONENTS) | (apart & ~EXPONENTS);
         }
-        store_group(job, sub, first, true, group);
+        if (uint8_t* to = rows[token]) {
+            reinterpret_cast<uint4*>(to)[column] = {words[0], words[1], words[2], words[3]};
+        }
     }
 }
 
@@ -253,9 +308,10 @@ __device__ void unpack_any(const Job& job, const SubBlock& sub, const kvs::Packe
     }
 }
 
-__device__ void unpack(const Job& job, const SubBlock& sub) {
+// `rows`: each token's address, where the sub-block is in shared memory; or null.
+__device__ void unpack(const Job& job, const SubBlock& sub, uint8_t* const* rows) {
     const kvs::Packed shape = {int64_t{job.chunk_tokens} * sub.plane.dim, sub.plane.dim};
-    if (rows_are_lanes(job, sub)) unpack_rows(job, sub, shape);
+    if (rows != nullptr && rows_are_turns(sub, shape)) unpack_rows(sub, shape, rows);
     else unpack_any(job, sub, shape);
     __syncthreads();  // escapes overwrite what the codes gave
     const auto* table = reinterpret_cast<const uint32_t*>(sub.data + shape.escapes());

@@ -7,6 +7,7 @@
 
 #include "kvstrata.h"
 #include "pack.h"
+#include "packing_room.h"
 
 namespace kvs {
 
@@ -14,10 +15,17 @@ struct Run {  // bytes of a slot that this pipe copies
     int64_t offset, nbytes;
 };
 
+struct Member {  // a sub-block
+    int32_t plane;  // of its piece's
+    int32_t local_head;
+};
+
 // Some layers.
 struct Piece {
-    int32_t first_plane = 0, planes = 0, sub_blocks = 0;
-    int64_t stored_bytes = 0, tables_bytes = 0;  // of the largest sub-block
+    int32_t first_plane = 0, planes = 0;
+    int64_t first_sub_block = 0, sub_blocks = 0;
+    int64_t stored_bytes = 0;  // of the largest sub-block, as the next two
+    int64_t packing_least = 0, packing_fast = 0;
     std::vector<Run> runs;
 
     int64_t offset() const { return runs.front().offset; }
@@ -50,11 +58,8 @@ inline std::vector<Run> runs_of(const kvs_plane* planes, int64_t n, int64_t chun
 }
 
 // Cuts the planes, in slot order, into pieces of whole layers of at most `limit` bytes, or of one layer.
-// `first_of`: of each plane, its first sub-block in its piece.
-inline std::vector<Piece> cut(const kvs_plane* planes, int64_t n, int64_t chunk_tokens, int64_t limit,
-                              std::vector<int32_t>* first_of) {
+inline std::vector<Piece> cut(const kvs_plane* planes, int64_t n, int64_t chunk_tokens, int64_t limit) {
     std::vector<Piece> pieces;
-    first_of->clear();
     int64_t begin = 0, end = 0;  // of the piece, in the slot
     for (int64_t p = 0; p < n; ++p) {
         const kvs_plane& plane = planes[p];
@@ -63,8 +68,10 @@ inline std::vector<Piece> cut(const kvs_plane* planes, int64_t n, int64_t chunk_
         const int64_t to = from + (plane.heads - 1) * plane.slot_stride + nbytes;
         // A layer's planes lie between each other's heads: they overlap.
         if (pieces.empty() || (from >= end && to - begin > limit)) {
+            const int64_t before = pieces.empty() ? 0 : pieces.back().first_sub_block + pieces.back().sub_blocks;
             pieces.emplace_back();
             pieces.back().first_plane = static_cast<int32_t>(p);
+            pieces.back().first_sub_block = before;
             begin = end = from;
         }
         Piece& piece = pieces.back();
@@ -72,11 +79,10 @@ inline std::vector<Piece> cut(const kvs_plane* planes, int64_t n, int64_t chunk_
         end = std::max(end, to);
         piece.stored_bytes = std::max(piece.stored_bytes, nbytes);
         if (plane.codec == KVS_PACKED) {
-            const Packed size = {chunk_tokens * int64_t{plane.dim}, plane.dim};
-            const int64_t tables = sizeof(int32_t) * (plane.dim + size.escapes_max());
-            piece.tables_bytes = std::max(piece.tables_bytes, tables);
+            const PackingRoom room = {chunk_tokens, plane.dim};
+            piece.packing_least = std::max(piece.packing_least, room.least());
+            piece.packing_fast = std::max(piece.packing_fast, room.fast());
         }
-        first_of->push_back(piece.sub_blocks);
         piece.planes += 1;
         piece.sub_blocks += plane.heads;
     }
@@ -87,16 +93,26 @@ inline std::vector<Piece> cut(const kvs_plane* planes, int64_t n, int64_t chunk_
 }
 
 // As `cut`, into as few pieces, but alike: a small one at the end would leave the link idle.
-inline std::vector<Piece> cut_evenly(const kvs_plane* planes, int64_t n, int64_t chunk_tokens, int64_t limit,
-                                     std::vector<int32_t>* first_of) {
-    const std::vector<Piece> pieces = cut(planes, n, chunk_tokens, limit, first_of);
+inline std::vector<Piece> cut_evenly(const kvs_plane* planes, int64_t n, int64_t chunk_tokens, int64_t limit) {
+    const std::vector<Piece> pieces = cut(planes, n, chunk_tokens, limit);
     int64_t largest = 0;  // layer
-    for (const Piece& layer : cut(planes, n, chunk_tokens, 0, first_of)) {
+    for (const Piece& layer : cut(planes, n, chunk_tokens, 0)) {
         largest = std::max(largest, layer.end() - layer.offset());
     }
     const auto count = std::max<int64_t>(1, static_cast<int64_t>(pieces.size()));
     const int64_t all = pieces.empty() ? 0 : pieces.back().end() - pieces.front().offset();
-    return cut(planes, n, chunk_tokens, std::min(limit, all / count + largest), first_of);
+    return cut(planes, n, chunk_tokens, std::min(limit, all / count + largest));
+}
+
+// The sub-blocks of all pieces, in order.
+inline std::vector<Member> members_of(const std::vector<Piece>& pieces, const kvs_plane* planes) {
+    std::vector<Member> members;
+    for (const Piece& piece : pieces) {
+        for (int32_t p = 0; p < piece.planes; ++p) {
+            for (int32_t h = 0; h < planes[piece.first_plane + p].heads; ++h) members.push_back({p, h});
+        }
+    }
+    return members;
 }
 
 }  // namespace kvs

@@ -10,14 +10,13 @@
 
 #include "kvstrata.h"
 #include "pack.h"
+#include "packing_room.h"
+#include "pieces.h"
 
 namespace {
 
-#ifndef KVS_THREADS
-#define KVS_THREADS 512
-#define KVS_MIN_BLOCKS 2
-#endif
-constexpr int THREADS = KVS_THREADS;
+constexpr int THREADS = 32 * kvs::WARPS;
+constexpr int BLOCKS_AT_ONCE = 2;  // on a multiprocessor
 constexpr int GROUP = 16;
 constexpr int CHUNKS_AT_ONCE = 8;
 
@@ -30,18 +29,17 @@ struct JobChunk {
 
 // The same piece of some chunks: some planes of each, stored at `data` in device memory.
 struct Job {
-    const kvs_plane* planes;  // in device memory
-    const int32_t* first_of;  // plane -> its first sub-block
-    int32_t n_planes;
-    int32_t sub_blocks;  // of one chunk
+    const kvs_plane* planes;     // in device memory, as the next
+    const kvs::Member* members;  // the sub-blocks of one chunk
+    int32_t sub_blocks;          // how many
     int32_t block_tokens;
     int32_t chunk_tokens;
+    int32_t first;  // sub-block of this launch
     uint8_t* data;
     int64_t stride;       // from one chunk's to the next one's
     int64_t slot_offset;  // of `data` in the slot
-    int32_t first;        // sub-block of this launch
+    int32_t room;         // bytes of shared memory; more than the least: enough for the fast ways
     JobChunk chunks[CHUNKS_AT_ONCE];
-    int32_t room;   // when scattering, bytes of shared memory for a sub-block; 0: there is not as much
     int32_t block_ids[KVS_BLOCKS_MAX];  // of one chunk after the other
 };
 
@@ -55,15 +53,11 @@ struct SubBlock {
 };
 
 __device__ SubBlock sub_block_of(const Job& job, int thread_block) {
-    const int chunk = thread_block / job.sub_blocks, number = thread_block % job.sub_blocks;
-    int low = 0, high = job.n_planes - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (job.first_of[middle] <= number) low = middle; else high = middle - 1;
-    }
+    const int chunk = thread_block / job.sub_blocks;
+    const kvs::Member member = job.members[thread_block % job.sub_blocks];
     SubBlock found;
-    found.plane = job.planes[low];
-    found.local_head = number - job.first_of[low];
+    found.plane = job.planes[member.plane];
+    found.local_head = member.local_head;
     const int64_t head = found.plane.first_head + found.local_head;
     found.index = found.plane.checksum_index + head * found.plane.checksum_stride;
     found.data = job.data + chunk * job.stride + found.plane.slot_offset + head * found.plane.slot_stride -
@@ -87,6 +81,13 @@ __device__ uint8_t* engine_address(const Job& job, const SubBlock& sub, int32_t 
 __device__ bool rows_are_vectors(const kvs_plane& p, int64_t group_bytes) {
     const auto bits = reinterpret_cast<uintptr_t>(p.base) | p.stride_block | p.stride_head | p.stride_token;
     return p.stride_dim == p.item_bytes && int64_t{p.dim} * p.item_bytes % group_bytes == 0 && bits % 16 == 0;
+}
+
+// Where the engine keeps each token's first channel; to be read after a barrier.
+__device__ void find_rows(const Job& job, const SubBlock& sub, uint8_t** rows) {
+    for (int32_t token = threadIdx.x; token < job.chunk_tokens; token += THREADS) {
+        rows[token] = engine_address(job, sub, token, 0);
+    }
 }
 
 union Group {  // 16 bf16 elements
@@ -150,15 +151,17 @@ __device__ uint64_t total(uint64_t share) {
     return sum;
 }
 
-__device__ uint64_t word_term(uint64_t word, int64_t index) {
-    return kvs::term(word, static_cast<uint64_t>(index + 1) * kvs::KEY_STEP);
+__device__ uint64_t word_term(uint64_t word, uint32_t index) {
+    return kvs::term(word, (uint64_t{index} + 1) * kvs::KEY_STEP);
 }
 
-extern __shared__ uint4 shared[];  // a sub-block, as much as `room`; or, when gathering, bases and escapes
+extern __shared__ uint4 shared[];  // gathering: kvs::PackingRoom; scattering: a sub-block and each token's address
 
-__device__ uint64_t vector_term(const uint4& two, int32_t vector) {
-    return word_term(uint64_t{two.y} << 32 | two.x, 2 * int64_t{vector}) +
-           word_term(uint64_t{two.w} << 32 | two.z, 2 * int64_t{vector} + 1);
+__device__ uint8_t* shared_bytes() { return reinterpret_cast<uint8_t*>(shared); }
+
+__device__ uint64_t vector_term(const uint4& two, uint32_t vector) {
+    return word_term(uint64_t{two.y} << 32 | two.x, 2 * vector) +
+           word_term(uint64_t{two.w} << 32 | two.z, 2 * vector + 1);
 }
 
 // The sum of a sub-block's words. With `keep` its bytes are left in shared memory, too.
@@ -172,7 +175,7 @@ __device__ uint64_t sum_of(const uint8_t* data, int32_t nbytes, bool keep) {
         if (keep) shared[i] = two;
         share += vector_term(two, i);
     }
-    auto* kept = reinterpret_cast<uint8_t*>(shared);
+    auto* kept = shared_bytes();
     for (int32_t at = vectors * 16 + threadIdx.x * 8; at < nbytes; at += THREADS * 8) {
         uint64_t word = 0;
         for (int32_t i = 0; i < min(8, nbytes - at); ++i) {
